@@ -1,0 +1,278 @@
+"""Evaluation: the rank of every held-out item among all candidates, without sorting, in blocks of clients.
+
+Whatever can score the catalogue for a client (a method, or a ranker without training) goes through the same pass:
+scores -> mask -> count the strictly greater and the equal ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from fedjax_rec.data.clients import padded_rows, row_offsets
+from fedjax_rec.data.sampling import Record, Sizes, draw_positions, epoch_steps
+from fedjax_rec.data.splits import Pairs, Split
+from fedjax_rec.method import LocalData
+from fedjax_rec.protocols import HONEST, Protocol
+from fedjax_rec.roles import item_roles, put_rows
+from fedjax_rec.rounds import (
+    AXIS,
+    Cohort,
+    Engine,
+    State,
+    local_step,
+    publish,
+    record_at,
+    restrict_client,
+    row_bytes,
+)
+from fedjax_rec.types import PRNGKey, PyTree
+
+TOP = 10  # length of the lists behind coverage and popularity bias
+SAMPLED_NEGATIVES = 99
+CPU_BLOCK_BYTES = 2**22
+DEVICE_BLOCK_BYTES = 2**29
+
+Scorer = Callable[[Engine, PyTree, PyTree, Int[Array, ""], Record, Sizes, Int[Array, ""]], Float[Array, "items"]]
+"""(engine, replicated, sharded, slot, record, sizes, steps) -> scores of the catalogue for one client."""
+
+
+class Ranks(NamedTuple):
+    """Ranks by user id, [users, targets], NaN where there is no target or the client was not evaluated."""
+
+    valid: np.ndarray
+    test: np.ndarray
+    recommended: np.ndarray  # [items] clients whose top list holds the item
+    nonfinite: int  # scores that were not finite numbers
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluator:
+    """Ranks the held-out items of a split for the clients of an engine.
+
+    Attributes:
+        engine: whose clients are evaluated.
+        protocol: masks.
+        sampled: rank against 99 sampled items instead of the catalogue (named, never the default).
+        targets: per bucket (valid [n, t], test [n, t]) item ids padded with num_items.
+        known: per bucket all items of each user (for `sampled`), else ().
+        candidates: (valid [items], test [items]) of items that compete, or None for all.
+    """
+
+    engine: Engine
+    split: Split
+    protocol: Protocol
+    sampled: bool
+    targets: tuple[tuple[Array, Array], ...]
+    known: tuple[Array, ...]
+    candidates: tuple[Array, Array] | None
+
+    def ranks(self, key: PRNGKey, state: State, round_: int, cohort: Cohort | None = None) -> Ranks:
+        """Ranks under the method's current state; `round_` is the number of rounds it has seen."""
+        shared = publish(self.engine, key, state.server, round_)
+        replicated = (key, jnp.asarray(round_, jnp.int32), shared)
+        return self.ranks_of(_method_scorer, replicated, (state.clients, state.mail), cohort)
+
+    def ranks_of(self, scorer: Scorer, replicated: PyTree, sharded: PyTree, cohort: Cohort | None = None) -> Ranks:
+        """Ranks under any scorer. `sharded` leaves have a leading axis of user slots.
+
+        The scorer is called as scorer(engine, replicated, sharded, slot, record, sizes, steps) for one client.
+        """
+        valid, test, recommended, bad = _rank_pass(
+            self, scorer, replicated, sharded, cohort or self.engine.everybody, self.engine.buckets, self.targets,
+            self.known, self.candidates,
+        )  # fmt: skip
+        users = self.engine.clients.num_users
+        return Ranks(np.asarray(valid)[:users], np.asarray(test)[:users], np.asarray(recommended), int(bad))
+
+
+def make_evaluator(engine: Engine, split: Split, *, protocol: Protocol = HONEST, sampled: bool = False) -> Evaluator:
+    """Lays the targets out like the engine's buckets."""
+    place = lambda x: jax.device_put(x, NamedSharding(engine.mesh, P(AXIS)))
+    valid, test = _layout(split.valid, engine), _layout(split.test, engine)
+    targets = tuple((place(v), place(t)) for v, t in zip(valid, test, strict=True))
+    known = ()
+    if sampled:
+        joined = [np.concatenate(part) for part in zip(split.train, split.valid, split.test, strict=True)]
+        order = np.lexsort((joined[1], joined[0]))
+        known = tuple(place(x) for x in _layout(Pairs(joined[0][order], joined[1][order]), engine))
+    candidates = None
+    if split.candidates is not None:
+        candidates = (jnp.asarray(split.candidates["valid"]), jnp.asarray(split.candidates["test"]))
+    return Evaluator(engine, split, protocol, sampled, targets, known, candidates)
+
+
+def _layout(pairs: Pairs, engine: Engine) -> list[np.ndarray]:
+    """Each bucket's items per client, padded to the most that any user has."""
+    spec = engine.clients
+    offsets = row_offsets(pairs.user, spec.num_users)
+    most = max(int(np.diff(offsets).max(initial=0)), 1)
+    return [padded_rows(pairs, np.asarray(b.user), offsets, most, spec.num_items) for b in spec.buckets]
+
+
+def catalogue_data(record: Record, num_items: int, round_: Int[Array, ""]) -> LocalData:
+    """A client's data with the catalogue as its rows and no training samples: what scoring needs."""
+    in_history = record.history < num_items
+    return LocalData(
+        rows=jnp.arange(num_items, dtype=jnp.int32),
+        row_mask=jnp.ones(num_items, bool),
+        item=jnp.zeros((1, 1), jnp.int32),
+        label=jnp.zeros((1, 1)),
+        mask=jnp.zeros((1, 1)),
+        history=jnp.where(in_history, record.history, 0),
+        history_mask=in_history,
+        num_samples=jnp.zeros(()),
+        num_steps=jnp.zeros((), jnp.int32),
+        round=round_,
+    )
+
+
+def _method_scorer(engine: Engine, replicated, sharded, slot, record: Record, size: Sizes, steps):
+    """Scores of a client under the method, before (post_aggregate) or after (post_local) a local update."""
+    method, num_items = engine.method, engine.clients.num_items
+    key, round_, shared = replicated
+    clients, mail = sharded
+    data = catalogue_data(record, num_items, round_)
+    client = restrict_client(clients, slot, None)
+    mine = jax.tree.map(lambda x: x.at[slot].get(mode="clip"), mail)
+    params = method.download(shared, mine, client, data)
+    if method.evaluate_at == "post_local":
+        # the local update that round number `round_` would begin with, so what the clients will hold next
+        step = local_step(
+            method, size, num_items, engine.pool, key, round_, shared, clients, mail, slot, record, steps
+        )  # fmt: skip
+        rows = data.rows if size.dense else step.rows
+        tuned = {
+            role: put_rows(params[role], rows, step.params[role]) if role in item_roles(params) else value
+            for role, value in step.params.items()
+        }
+        params = {**params, **tuned}
+    return method.score(shared, params, data)
+
+
+def rank_of(
+    scores: Float[Array, "items"], targets: Int[Array, "targets"], allowed: Array | None = None
+) -> Float[Array, "targets"]:
+    """1 + (strictly greater) + (other ties) / 2 of each target among items whose score is above -inf.
+
+    Padding targets (>= items) get NaN. `allowed`, if given, is a mask of the items that compete.
+    """
+    competing = scores > -jnp.inf
+    if allowed is not None:
+        competing &= allowed
+
+    def one(target):
+        own = scores.at[target].get(mode="fill", fill_value=jnp.nan)
+        greater = ((scores > own) & competing).sum()
+        ties = ((scores == own) & competing).sum() - 1
+        return jnp.where(jnp.isnan(own), jnp.nan, 1.0 + greater + 0.5 * ties)
+
+    return jax.lax.map(one, targets) if targets.shape[0] > 1 else one(targets[0])[None]
+
+
+def _eval_block(engine: Engine, scorer: Scorer, width: int) -> int:
+    """Clients scored at once, so that their score vectors and private tables fit the cache or the device."""
+    items = engine.clients.num_items
+    tables = row_bytes(engine) if scorer is _method_scorer else 0
+    budget = CPU_BLOCK_BYTES if jax.default_backend() == "cpu" else DEVICE_BLOCK_BYTES
+    block = max(budget // (items * (16 + 2 * tables)), 1)
+    return int(min(2 ** int(np.log2(block)), width))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _rank_pass(evaluator: Evaluator, scorer, replicated, sharded, cohort, buckets, targets, known, candidates):
+    engine = evaluator.engine
+    body = functools.partial(_rank_device, evaluator, scorer)
+    return jax.shard_map(
+        body,
+        mesh=engine.mesh,
+        in_specs=(P(), P(AXIS), P(AXIS), P(AXIS), P(AXIS), P(AXIS), P()),
+        out_specs=(P(AXIS), P(AXIS), P(), P()),
+        check_vma=False,
+    )(replicated, sharded, cohort, buckets, targets, known, candidates)
+
+
+def _rank_device(evaluator: Evaluator, scorer, replicated, sharded, cohort, buckets, targets, known, candidates):
+    """One device's clients: ranks by slot, and what their lists hold."""
+    engine, protocol = evaluator.engine, evaluator.protocol
+    spec, method = engine.clients, engine.method
+    slots = spec.users_per_device
+    first_user = jax.lax.axis_index(AXIS) * slots
+    top = min(TOP, spec.num_items)
+
+    def one_client(slot, record, valid_items, test_items, known_items, size, steps):
+        scores = scorer(engine, replicated, sharded, slot, record, size, steps)
+        real = record.user < spec.num_users
+        bad = ((~jnp.isfinite(scores)).sum() * real).astype(jnp.int32)
+        scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+        scores = scores.at[record.history].set(-jnp.inf, mode="drop")
+        allowed = candidates or (None, None)
+        at_valid = at_test = scores
+        if candidates is None and protocol.mask_valid_at_test:
+            at_test = scores.at[valid_items].set(-jnp.inf, mode="drop")
+        if evaluator.sampled:
+            drawn = _sampled_items(record, known_items, spec.num_items)
+            among = jnp.zeros(spec.num_items, bool).at[drawn].set(True, mode="drop")
+            allowed = tuple(among.at[items].set(True, mode="drop") for items in (valid_items, test_items))
+        if allowed[1] is not None:
+            at_test = jnp.where(allowed[1], at_test, -jnp.inf)
+            at_valid = jnp.where(allowed[0], at_valid, -jnp.inf)
+        best, listed = jax.lax.top_k(at_test, top)
+        listed = jnp.where((best > -jnp.inf) & real, listed, spec.num_items)
+        return rank_of(at_valid, valid_items), rank_of(at_test, test_items), listed, bad
+
+    widths = [t.shape[1] for t in targets[0]]
+    carry = (
+        jnp.full((slots, widths[0]), jnp.nan),
+        jnp.full((slots, widths[1]), jnp.nan),
+        jnp.zeros(spec.num_items, jnp.int32),
+        jnp.zeros((), jnp.int32),
+    )
+    for b, bucket in enumerate(buckets):
+        most = cohort.positions[b].shape[0]
+        block = _eval_block(engine, scorer, most)
+        count = cohort.blocks[b][0] * engine.block[b]
+        positions = jnp.pad(cohort.positions[b], (0, -most % block), constant_values=most)
+
+        def one_block(i, carry, b=b, bucket=bucket, block=block, positions=positions):
+            valid, test, recommended, bad = carry
+            position = jax.lax.dynamic_slice(positions, (i * block,), (block,))
+            record = record_at(bucket, position, spec.num_users, spec.num_items, spec.pool_size)
+            slot = jnp.where(record.user < spec.num_users, record.user - first_user, slots)
+            take = lambda x: x.at[position].get(mode="fill", fill_value=spec.num_items)
+            steps = epoch_steps(method.sampling, engine.sizes[b], record.length.max())
+            seen = take(known[b]) if evaluator.sampled else record.history
+            run = lambda s, r, v, t, k: one_client(s, r, v, t, k, engine.sizes[b], steps)
+            v, t, listed, wrong = jax.vmap(run)(slot, record, take(targets[b][0]), take(targets[b][1]), seen)
+            return (
+                valid.at[slot].set(v, mode="drop"),
+                test.at[slot].set(t, mode="drop"),
+                recommended.at[listed.reshape(-1)].add(1, mode="drop"),
+                bad + wrong.sum(),
+            )
+
+        carry = jax.lax.fori_loop(0, -(-count // block), one_block, carry)
+    valid, test, recommended, bad = carry
+    return valid, test, jax.lax.psum(recommended, AXIS), jax.lax.psum(bad, AXIS)
+
+
+def _sampled_items(record: Record, known: Int[Array, "known"], num_items: int) -> Int[Array, "99"]:
+    """99 items outside all of a user's items, fixed for the run: stratified draws from (user) alone.
+
+    Distinct where the user leaves at least 99 items; fewer otherwise.
+    """
+    everything = record._replace(forbidden=known, num_forbidden=(known < num_items).sum())
+    key = jax.random.fold_in(jax.random.key(SAMPLED_NEGATIVES), record.user)
+    free = num_items - everything.num_forbidden
+    count = jnp.minimum(SAMPLED_NEGATIVES, free)
+    drawn = draw_positions(key, everything, count, SAMPLED_NEGATIVES, num_items, "stratified")
+    return jnp.where(jnp.arange(SAMPLED_NEGATIVES) < count, drawn, num_items)

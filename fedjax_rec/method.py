@@ -1,0 +1,158 @@
+"""The contract between a federated method and the engine.
+
+A method is written for ONE client on its working set of item rows; the engine draws the samples, gathers the
+rows, maps the functions over clients, folds the uploads and keeps the clients' state. What crosses the network
+is in the types: `Server.shared` goes down, an upload comes up, a client's dictionary and `Server.private` stay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from fedjax_rec.types import Params, PRNGKey, PyTree
+
+
+@struct.dataclass
+class Server:
+    """What the server holds.
+
+    Attributes:
+        shared: all that clients may see, keyed by role (item tables, network weights, schedule values).
+        private: never sent: server optimiser states, fusion and diffusion networks, item features.
+    """
+
+    shared: Params
+    private: PyTree
+
+
+@struct.dataclass
+class LocalData:
+    """One client's data in one round, padded to static sizes.
+
+    `item` and `history` are indices into `rows`, so a method reads item vectors as `table[data.item[step]]`
+    whether the table is the working set or the catalogue.
+    """
+
+    rows: Int[Array, "rows"]  # distinct item ids; padding = number of items
+    row_mask: Bool[Array, "rows"]
+    item: Int[Array, "steps batch"]  # samples, already shuffled into batches
+    label: Float[Array, "steps batch"]  # 1 for a positive, 0 for a negative
+    mask: Float[Array, "steps batch"]  # 1 for a sample, 0 for padding
+    history: Int[Array, "history"]
+    history_mask: Bool[Array, "history"]
+    num_samples: Float[Array, ""]  # samples of one local epoch: positives and negatives
+    num_steps: Int[Array, ""]  # steps to run; the rest of `item` is padding
+    round: Int[Array, ""]  # 0-based
+
+
+class Batch(NamedTuple):
+    """One local step's samples; `item` points into the rows of the client's tables."""
+
+    item: Int[Array, "batch"]
+    label: Float[Array, "batch"]
+    mask: Float[Array, "batch"]
+
+
+Client = Params
+"""A client's own state, kept between rounds. Without the `clients` axis here; the engine stacks it."""
+Update = PyTree
+Upload = Params
+Info = dict[str, Array]
+"""Scalars for the log; `loss` (mean over the client's samples of the round) is required."""
+Mail = PyTree
+"""The server's answers to single clients (leading clients axis), or ()."""
+
+
+class Aggregate(NamedTuple):
+    """What the server sees of a round: folded uploads, the sum of weights, and how many clients took part."""
+
+    value: PyTree
+    weight: Float[Array, ""]
+    count: Float[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a client's local training data are drawn.
+
+    Attributes:
+        negatives: negatives per positive in each local epoch.
+        batch_size: samples per local step; 0 puts a whole epoch into one step.
+        local_epochs: passes over the client's data in a round.
+        redraw: draw negatives anew every `round`, or every local `epoch`.
+        draw: `stratified` (default; see data/sampling.py) or `independent` draws with replacement.
+    """
+
+    negatives: int = 4
+    batch_size: int = 256
+    local_epochs: int = 1
+    redraw: Literal["round", "epoch"] = "round"
+    draw: Literal["stratified", "independent"] = "stratified"
+
+
+class Aggregator(NamedTuple):
+    """A fold over uploads that streams over client blocks and devices.
+
+    init:   (upload of one client as shapes, items, clients) -> accumulator
+    add:    (accumulator, uploads [block, ...], weights [block], rows [block, rows], clients [block]) -> accumulator
+    merge:  (accumulator, mesh axis) -> accumulator summed over devices
+    finish: (accumulator, weight, count) -> Aggregate
+    weight: one client's weight from its data; padding clients weigh 0 whatever it says
+    """
+
+    init: Callable[..., PyTree]
+    add: Callable[..., PyTree]
+    merge: Callable[[PyTree, str], PyTree]
+    finish: Callable[..., Aggregate]
+    weight: Callable[[LocalData], Float[Array, ""]]
+
+
+class Method(NamedTuple):
+    """A federated method. Every function but the three server ones is written for one client.
+
+    Attributes:
+        name: as in METHODS.
+        init_server: (key) -> Server.
+        init_client: (key, shared) -> Client.
+        publish: (key, Server) -> shared; at each round's start and before evaluation.
+        download: (shared, mail, client, data) -> Params, the on-device model on the client's rows.
+        local_update: (key, shared, params, data) -> (params, update, info).
+        upload: (key, shared, params, update, data) -> (client, upload): what stays, what is sent.
+        server_update: (key, Server, Aggregate) -> (Server, Mail).
+        score: (shared, params, data) -> logits [items], given params over the full catalogue.
+        aggregator: how uploads are folded.
+        sampling: how local data are drawn.
+        evaluate_at: `post_aggregate` scores the freshly downloaded model; `post_local` lets every client run its
+            local update on it first and scores what the client then holds (nothing of it is kept).
+        client_init: clients start from their own key each (`random`) or from one key (`shared`).
+        rows: `touched` restricts item roles to the working set; `all` hands every client the catalogue.
+        config: the settings the method was built from, for the log.
+    """
+
+    name: str
+    init_server: Callable[[PRNGKey], Server]
+    init_client: Callable[[PRNGKey, Params], Client]
+    publish: Callable[[PRNGKey, Server], Params]
+    download: Callable[[Params, Mail, Client, LocalData], Params]
+    local_update: Callable[[PRNGKey, Params, Params, LocalData], tuple[Params, Update, Info]]
+    upload: Callable[[PRNGKey, Params, Params, Update, LocalData], tuple[Client, Upload]]
+    server_update: Callable[[PRNGKey, Server, Aggregate], tuple[Server, Mail]]
+    score: Callable[[Params, Params, LocalData], Float[Array, "items"]]
+    aggregator: Aggregator
+    sampling: Sampling
+    evaluate_at: Literal["post_aggregate", "post_local"] = "post_aggregate"
+    rows: Literal["touched", "all"] = "touched"
+    client_init: Literal["random", "shared"] = "random"
+    config: Any = None
+
+
+def batch_at(data: LocalData, step: Int[Array, ""]) -> Batch:
+    """The samples of one local step."""
+    take = lambda x: jax.lax.dynamic_index_in_dim(x, step, keepdims=False)
+    return Batch(take(data.item), take(data.label), take(data.mask))

@@ -1,0 +1,69 @@
+"""PFedRec: a personal score function per user over an item table that is averaged, then tuned on the client.
+
+Dual personalisation (Zhang et al., IJCAI 2023, Algorithm 1): every batch takes two steps,
+
+    (w_u, b_u) <- (w_u, b_u) - lr dL/d(w_u, b_u)        first the score function,
+    Q_u        <- Q_u - lr_item dL'/dQ_u                then the item table, on a new forward pass L',
+
+with L the mean binary cross-entropy of sigmoid(w_u . q_i + b_u); the server averages the tables with equal
+weights, the score function never leaves the client. A user is served by the table it has tuned itself
+(`evaluate_at=post_local`).
+
+Follows: the paper, whose score function is one linear layer in its released code.
+Deviations: the released item rate lr x items x 80 is `preset=released` here (with its shared start), because under
+honest negatives one such step writes the sampled negatives off for good.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fedjax_rec.backbones.linear import linear_head
+from fedjax_rec.method import Method
+from fedjax_rec.roles import binary_cross_entropy, run_steps, sgd_step
+from fedjax_rec.sharing import LocalConfig, item_table, sharing_method
+from fedjax_rec.validate import one_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(LocalConfig):
+    """Attributes: preset: `paper`, or `released` for the released code's rates and start. Others: LocalConfig."""
+
+    evaluate_at: str = "post_local"
+    preset: str = "paper"
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of("preset", self.preset, ("paper", "released"))
+        one_of("optimizer", self.optimizer, ("sgd",))
+
+
+RELEASED_ITEM_RATE = 80.0  # lr_eta of the released code, times the number of items
+
+
+def pfedrec(config: Config, num_users: int, num_items: int, name: str = "pfedrec") -> Method:
+    """PFedRec; see the module docstring."""
+    item_lr = config.item_lr(num_users)
+    if config.preset == "released":
+        config = dataclasses.replace(config, client_init="shared", init_std=1.0)
+        item_lr = config.lr * num_items * RELEASED_ITEM_RATE
+    backbone = linear_head(config.dim)
+
+    def loss(params, vectors, batch):
+        return binary_cross_entropy(backbone.predict(params, vectors["item"]), batch)
+
+    tune_head = sgd_step(loss, {"head": config.lr})
+    tune_items = sgd_step(loss, {"item": item_lr})
+
+    def step(params, batch):
+        params, _ = tune_head(params, batch)
+        return tune_items(params, batch)
+
+    return sharing_method(
+        name,
+        init_shared=lambda key: {"item": item_table(key, num_items, config.dim, config.init_std)},
+        init_private=backbone.init,
+        train=lambda params, data: run_steps(step, params, data),
+        score=lambda params: backbone.predict(params, params["item"]),
+        config=config,
+    )

@@ -1,0 +1,74 @@
+"""Metrics as functions of the ranks of held-out items. Host side, NumPy.
+
+A rank is 1 + (candidates scored higher) + (ties) / 2, so a hit at k is rank <= k and a constant score earns what
+chance would. Ranks come as [users, targets], NaN where a user has fewer targets.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+WORST_SHARE = 0.1
+
+
+def per_client(ranks: np.ndarray, ks: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Every metric for every client, [users]; NaN for a client without targets.
+
+    HR@k: any hit. Recall@k: hits / targets. Precision@k: hits / k. NDCG@k: sum of 1 / log2(rank + 1) over hits,
+    over its largest possible value. MRR: 1 / best rank.
+    """
+    known = ~np.isnan(ranks)
+    targets = known.sum(1)
+    counted = targets > 0
+    safe = np.where(known, ranks, np.inf)
+    nan_where_empty = lambda x: np.where(counted, x, np.nan)
+    best = safe.min(1, initial=np.inf)
+    values = {}
+    for k in ks:
+        hit = safe <= k
+        gains = np.where(hit, 1.0 / np.log2(np.where(hit, safe, 1.0) + 1.0), 0.0).sum(1)
+        ideal = np.cumsum(1.0 / np.log2(np.arange(2, k + 2)))[np.clip(targets, 1, k) - 1]
+        values[f"HR@{k}"] = nan_where_empty(hit.any(1).astype(float))
+        values[f"Recall@{k}"] = nan_where_empty(hit.sum(1) / np.maximum(targets, 1))
+        values[f"Precision@{k}"] = nan_where_empty(hit.sum(1) / k)
+        values[f"NDCG@{k}"] = nan_where_empty(gains / ideal)
+    values["MRR"] = nan_where_empty(1.0 / best)
+    return values
+
+
+def summarise(ranks: np.ndarray, ks: tuple[int, ...]) -> dict[str, float]:
+    """Means over the clients with targets, with their number under `clients`."""
+    values = per_client(ranks, ks)
+    counted = ~np.isnan(values["MRR"])
+    count = int(counted.sum())
+    means = {name: float(v[counted].sum() / count) if count else float("nan") for name, v in values.items()}
+    return {**means, "clients": count}
+
+
+def worst_decile(ranks: np.ndarray) -> float:
+    """Mean MRR of the tenth of the clients that is served worst."""
+    values = per_client(ranks, ())["MRR"]
+    values = np.sort(values[~np.isnan(values)])
+    if not len(values):
+        return float("nan")
+    return float(values[: max(int(np.ceil(len(values) * WORST_SHARE)), 1)].mean())
+
+
+def beyond_accuracy(recommended: np.ndarray, popularity: np.ndarray, k: int) -> dict[str, float]:
+    """What the top-k lists look like as a whole.
+
+    Args:
+        recommended: [items] how many clients got the item in their top k.
+        popularity: [items] training interactions.
+
+    Returns:
+        Coverage@k: share of the catalogue that anybody was recommended. PopularityBias@k: mean popularity of a
+        recommended item over mean popularity of a training interaction (1: as popular as what people take).
+    """
+    lists, taken = recommended.sum(), popularity.sum()
+    mean_recommended = (recommended * popularity).sum() / max(lists, 1)
+    mean_taken = (popularity.astype(float) ** 2).sum() / max(taken, 1)
+    return {
+        f"Coverage@{k}": float((recommended > 0).mean()),
+        f"PopularityBias@{k}": float(mean_recommended / max(mean_taken, 1e-12)),
+    }

@@ -1,0 +1,430 @@
+"""The engine: one federated round as one compiled step.
+
+Clients are mapped in blocks of one bucket; the state (client tables, accumulators) is carried through the loop over
+blocks and donated, so that it is updated in place. On a mesh every device loops over its own clients and the
+accumulators are summed once at the end of the round: the loop holds no collective.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
+
+from fedjax_rec.data.clients import Bucket, Clients
+from fedjax_rec.data.sampling import MAX_SAMPLES, Record, Sizes, draw_local_data, epoch_steps, sizes
+from fedjax_rec.method import Client, Mail, Method, Server
+from fedjax_rec.roles import restrict
+from fedjax_rec.types import ITEM_ROLES, Params, PRNGKey, PyTree
+
+AXIS = "clients"
+SERVER = np.uint32(2**32 - 1)  # the server's stream of randomness: no user has this id
+CPU_BLOCK_BYTES = 2**20  # about half of one core's L2 cache
+DEVICE_BLOCK_BYTES = 2**28  # enough clients to occupy an accelerator
+
+
+@struct.dataclass
+class State:
+    """Everything a run carries from round to round.
+
+    Attributes:
+        server: see Server.   clients: Client with a leading axis of user slots.   mail: see Mail.
+    """
+
+    server: Server
+    clients: Client
+    mail: Mail
+
+
+class Cohort(NamedTuple):
+    """Who takes part: per bucket, positions [devices * most] into the device's clients, and blocks [devices]."""
+
+    positions: tuple[Int[Array, "n"], ...]
+    blocks: tuple[Int[Array, "devices"], ...]
+
+
+class Step(NamedTuple):
+    """One client's outcome in a block."""
+
+    client: Client
+    upload: Params
+    weight: Array
+    info: dict[str, Array]
+    rows: Array
+    params: Params
+
+
+def clients_mesh(num_devices: int | None = None) -> Mesh:
+    """A 1-D mesh named `clients` over the first `num_devices` devices (default: all)."""
+    devices = jax.devices()[:num_devices]
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def default_block_bytes() -> int:
+    return CPU_BLOCK_BYTES if jax.default_backend() == "cpu" else DEVICE_BLOCK_BYTES
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Engine:
+    """Runs one method on one population.
+
+    Attributes:
+        method: what to run.
+        clients: who runs it (see data/clients.py).
+        mesh: 1-D mesh over which clients are spread; its size equals clients.num_devices.
+        block_size: clients per block; 0 chooses per bucket so that a block's rows fit the cache (CPU) or occupy
+            the device. Part of a run's identity: sums are ordered by it.
+        buckets: the clients' arrays on the devices.
+    """
+
+    method: Method
+    clients: Clients
+    mesh: Mesh
+    block_size: int
+    sizes: tuple[Sizes, ...]
+    block: tuple[int, ...]
+    buckets: tuple[Bucket, ...]
+    pool: Array | None
+
+    # ---- state -----------------------------------------------------------------------------------------------
+
+    def init(self, key: PRNGKey) -> State:
+        """State before the first round. Client k's draw depends on `key` and k alone."""
+        return _init(self, key)
+
+    def round(self, key: PRNGKey, state: State, round_: int, cohort: Cohort | None = None):
+        """One federated round: (state, info). `state` is donated.
+
+        Args:
+            key: the run's key; the round's is folded from it.
+            round_: 0-based.
+            cohort: who takes part; default everybody.
+
+        Returns:
+            the new state, and info: means over the clients that took part, with `clients` their number.
+        """
+        return _round(self, key, state, jnp.asarray(round_, jnp.int32), cohort or self.everybody)
+
+    @functools.cached_property
+    def everybody(self) -> Cohort:
+        return self.cohort(None)
+
+    def cohort(self, users: np.ndarray | None) -> Cohort:
+        """The cohort of the given user ids (None: everybody), laid out by bucket and device.
+
+        Shapes depend on the buckets alone, so that changing cohorts never recompiles.
+        """
+        devices = self.clients.num_devices
+        chosen = np.ones(self.clients.num_users + 1, bool)
+        if users is not None:
+            chosen[:] = False
+            chosen[users] = True
+        chosen[-1] = False
+        positions, blocks = [], []
+        for bucket, block in zip(self.clients.buckets, self.block, strict=True):
+            mask = chosen[bucket.user].reshape(devices, -1)
+            most = -(-mask.shape[1] // block) * block
+            order = np.argsort(~mask, axis=1, kind="stable")
+            order = np.where(np.take_along_axis(mask, order, 1), order, mask.shape[1])
+            padded = np.pad(order, ((0, 0), (0, most - mask.shape[1])), constant_values=mask.shape[1])
+            positions.append(padded.reshape(-1).astype(np.int32))
+            blocks.append((-(-mask.sum(1) // block)).astype(np.int32))
+        sharding = NamedSharding(self.mesh, P(AXIS))
+        return Cohort(*jax.device_put((tuple(positions), tuple(blocks)), sharding))
+
+    # ---- costs -----------------------------------------------------------------------------------------------
+
+    def bytes_per_client(self) -> dict[str, int]:
+        """Bytes that one client receives and sends in a round: `down`, `up` count full tables (what the
+        protocols exchange); `down_rows`, `up_rows` only the working set of the largest bucket."""
+        return _bytes_per_client(self)
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Estimated device bytes: server and client state, data, and the largest block in flight."""
+        return _memory_bytes(self)
+
+
+def make_engine(
+    method: Method, clients: Clients, *, mesh: Mesh | None = None, block_size: int = 0
+) -> Engine:
+    """Places the clients on the mesh and fixes the static sizes.
+
+    Raises:
+        ValueError: if the mesh and the clients disagree, or one client has too many samples for the sampler.
+    """
+    mesh = mesh or clients_mesh(clients.num_devices)
+    if mesh.size != clients.num_devices:
+        raise ValueError(
+            f"mesh of {mesh.size} devices, clients built for {clients.num_devices}: build both for one number"
+        )
+    size = tuple(
+        sizes(method.sampling, b.history.shape[1], clients.num_items, all_rows=method.rows == "all")
+        for b in clients.buckets
+    )
+    for s in size:
+        if s.epoch > MAX_SAMPLES:
+            raise ValueError(
+                f"{s.epoch} samples per client and epoch (history of up to {s.history}): "
+                f"expected at most {MAX_SAMPLES}; set fewer negatives or filter the longest histories"
+            )
+    spec = NamedSharding(mesh, P(AXIS))
+    buckets = tuple(jax.tree.map(lambda x: jax.device_put(x, spec), b) for b in clients.buckets)
+    pool = None if clients.pool is None else jax.device_put(clients.pool, NamedSharding(mesh, P()))
+    engine = Engine(method, clients, mesh, block_size, size, (), buckets, pool)
+    return dataclasses.replace(engine, block=_blocks(engine))
+
+
+def _blocks(engine: Engine) -> tuple[int, ...]:
+    """Clients per block for every bucket."""
+    per_device = [b.user.shape[0] // engine.clients.num_devices for b in engine.clients.buckets]
+    if engine.block_size:
+        return tuple(min(engine.block_size, n) for n in per_device)
+    per_row = row_bytes(engine)
+    chosen = []
+    for size, n in zip(engine.sizes, per_device, strict=True):
+        fits = max(default_block_bytes() // max(size.rows * per_row, 1), 1)
+        chosen.append(int(min(2 ** int(np.log2(fits)), n)))
+    return tuple(chosen)
+
+
+def row_bytes(engine: Engine) -> int:
+    """Bytes of one item row over all item roles that a client holds."""
+    state = jax.eval_shape(lambda k: _fresh_state(engine.method, k), jax.random.key(0))
+    shared = jax.eval_shape(lambda k: engine.method.publish(k, state.server), jax.random.key(0))
+    tables = [v for tree in (shared, state.clients) for r, v in tree.items() if r in ITEM_ROLES]
+    return sum(int(np.prod(x.shape[1:])) * x.dtype.itemsize for x in jax.tree.leaves(tables))
+
+
+def _fresh_state(method: Method, key: PRNGKey) -> State:
+    """Server and one client, for shapes."""
+    server = method.init_server(key)
+    shared = method.publish(key, server)
+    return State(server, method.init_client(key, shared), ())
+
+
+# ---- one client --------------------------------------------------------------------------------------------
+
+
+def record_at(bucket: Bucket, position: Int[Array, "block"], num_users: int, num_items: int, pool_size: int):
+    """The clients at `position` of a bucket; positions beyond it give empty clients of user id `num_users`."""
+    take = lambda x, fill: x.at[position].get(mode="fill", fill_value=fill)
+    history, length = take(bucket.history, num_items), take(bucket.length, 0)
+    if bucket.forbidden is None:
+        forbidden, num_forbidden = history, length
+    else:
+        forbidden, num_forbidden = take(bucket.forbidden, pool_size), take(bucket.num_forbidden, 0)
+    return Record(take(bucket.user, num_users), history, length, forbidden, num_forbidden)
+
+
+def client_key(key: PRNGKey, round_: Int[Array, ""], user: Int[Array, ""]) -> PRNGKey:
+    """Randomness of one client in one round: of (run, round, user), never of a position."""
+    return jax.random.fold_in(jax.random.fold_in(key, round_), user)
+
+
+def restrict_client(clients: Client, slot: Int[Array, ""], rows: Int[Array, "rows"] | None) -> Client:
+    """One client's state, its item roles cut to `rows` (None: whole)."""
+
+    def take(role):
+        if role in ITEM_ROLES and rows is not None:
+            return jax.tree.map(lambda x: x.at[slot, rows].get(mode="clip"), clients[role])
+        return jax.tree.map(lambda x: x.at[slot].get(mode="clip"), clients[role])
+
+    return {role: take(role) for role in clients}
+
+
+def store_clients(clients: Client, slots: Int[Array, "block"], rows: Int[Array, "block rows"] | None, new: Client):
+    """Writes a block's clients back; padding slots and rows are dropped."""
+
+    def put(role):
+        if role in ITEM_ROLES and rows is not None:
+            return lambda x, v: x.at[slots[:, None], rows].set(v, mode="drop")
+        return lambda x, v: x.at[slots].set(v, mode="drop")
+
+    return {role: jax.tree.map(put(role), clients[role], new[role]) for role in clients}
+
+
+def local_step(
+    method: Method,
+    size: Sizes,
+    num_items: int,
+    pool: Array | None,
+    key: PRNGKey,
+    round_: Int[Array, ""],
+    shared: Params,
+    clients: Client,
+    mail: Mail,
+    slot: Int[Array, ""],
+    record: Record,
+    steps: Int[Array, ""],
+) -> Step:
+    """Draw, download, train, upload: one client of a block."""
+    k_draw, k_train, k_upload = jax.random.split(client_key(key, round_, record.user), 3)
+    data = draw_local_data(k_draw, record, method.sampling, size, num_items, pool, steps, round_)
+    rows = None if size.dense else data.rows
+    view = shared if size.dense else restrict(shared, data.rows)
+    client = restrict_client(clients, slot, rows)
+    mine = jax.tree.map(lambda x: x.at[slot].get(mode="clip"), mail)
+    params = method.download(view, mine, client, data)
+    params, update, info = method.local_update(k_train, view, params, data)
+    client, upload = method.upload(k_upload, view, params, update, data)
+    return Step(client, upload, method.aggregator.weight(data), info, data.rows, params)
+
+
+# ---- all clients -------------------------------------------------------------------------------------------
+
+
+def _init(engine: Engine, key: PRNGKey) -> State:
+    method, slots = engine.method, engine.clients.num_slots
+
+    def start(key):
+        k_server, k_clients = jax.random.split(key)
+        server = method.init_server(k_server)
+        shared = method.publish(k_server, server)
+        users = jnp.arange(slots) if method.client_init == "random" else jnp.zeros(slots, jnp.int32)
+        init_one = lambda user: method.init_client(jax.random.fold_in(k_clients, user), shared)
+        return server, jax.vmap(init_one)(users)
+
+    placed = (NamedSharding(engine.mesh, P()), NamedSharding(engine.mesh, P(AXIS)))
+    server, clients = jax.jit(start, out_shardings=placed)(key)
+    return State(server, clients, ())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def publish(engine: Engine, key: PRNGKey, server: Server, round_: Int[Array, ""]) -> Params:
+    """What clients may see at the start of a round (and at an evaluation before it): a function of its own, so
+    that server-made item rows are computed once, whatever the number of clients."""
+    return engine.method.publish(client_key(key, jnp.asarray(round_, jnp.int32), SERVER), server)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _round(engine: Engine, key: PRNGKey, state: State, round_: Int[Array, ""], cohort: Cohort):
+    method = engine.method
+    k_server = jax.random.fold_in(client_key(key, round_, SERVER), 1)
+    shared = publish(engine, key, state.server, round_)
+    body = functools.partial(_local_pass, engine)
+    clients, folded, totals = jax.shard_map(
+        body,
+        mesh=engine.mesh,
+        in_specs=(P(), P(), P(), P(AXIS), P(AXIS), P(AXIS), P(AXIS), P()),
+        out_specs=(P(AXIS), P(), P()),
+        check_vma=False,
+    )(key, round_, shared, state.clients, state.mail, engine.buckets, cohort, engine.pool)
+    count = totals["clients"]
+    received = method.aggregator.finish(folded, totals["weight"], count)
+    server, mail = method.server_update(k_server, state.server, received)
+    info = {name: total / jnp.maximum(count, 1) for name, total in totals["info"].items()}
+    return State(server, clients, mail), {**info, "clients": count}
+
+
+def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, cohort, pool):
+    """All blocks of one device: the clients' new state, the folded uploads, and sums for the log."""
+    method, spec = engine.method, engine.clients
+    slots = spec.users_per_device
+    first_user = jax.lax.axis_index(AXIS) * slots
+    pool_size = spec.pool_size
+    example = _example_step(engine, 0, key, round_, shared, clients, mail, buckets, pool)
+    carry = (
+        clients,
+        method.aggregator.init(example.upload, spec.num_items, slots),
+        {
+            "info": {name: jnp.zeros(()) for name in example.info},
+            "weight": jnp.zeros(()),
+            "clients": jnp.zeros(()),
+        },
+    )
+    for b, bucket in enumerate(buckets):
+        size, block = engine.sizes[b], engine.block[b]
+
+        def one_block(i, carry, bucket=bucket, size=size, block=block, b=b):
+            clients, folded, totals = carry
+            position = jax.lax.dynamic_slice(cohort.positions[b], (i * block,), (block,))
+            record = record_at(bucket, position, spec.num_users, spec.num_items, pool_size)
+            real = record.user < spec.num_users
+            slot = jnp.where(real, record.user - first_user, slots)
+            steps = epoch_steps(method.sampling, size, record.length.max())
+            run = functools.partial(
+                local_step, method, size, spec.num_items, pool, key, round_, shared, clients, mail
+            )
+            done = jax.vmap(lambda s, r: run(s, r, steps))(slot, record)
+            rows = None if size.dense else done.rows
+            weight = done.weight * real
+            clients = store_clients(clients, slot, rows, done.client)
+            folded = method.aggregator.add(folded, done.upload, weight, rows, slot)
+            totals = {
+                "info": {n: totals["info"][n] + (v * real).sum() for n, v in done.info.items()},
+                "weight": totals["weight"] + weight.sum(),
+                "clients": totals["clients"] + real.sum(),
+            }
+            return clients, folded, totals
+
+        carry = jax.lax.fori_loop(0, cohort.blocks[b][0], one_block, carry)
+    clients, folded, totals = carry
+    return clients, method.aggregator.merge(folded, AXIS), jax.lax.psum(totals, AXIS)
+
+
+def _example_step(engine: Engine, b: int, key, round_, shared, clients, mail, buckets, pool) -> Step:
+    """Shapes of one client's step in bucket b."""
+    spec = engine.clients
+
+    def run(position):
+        record = record_at(buckets[b], position[None], spec.num_users, spec.num_items, spec.pool_size)
+        one = jax.tree.map(lambda x: x[0], record)
+        return local_step(
+            engine.method, engine.sizes[b], spec.num_items, pool, key, round_, shared, clients, mail,
+            position, one, jnp.int32(1),
+        )  # fmt: skip
+
+    return jax.eval_shape(run, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _bytes_per_client(engine: Engine) -> dict[str, int]:
+    method, spec = engine.method, engine.clients
+    state = jax.eval_shape(lambda k: _fresh_state(method, k), jax.random.key(0))
+    shared = jax.eval_shape(lambda k: method.publish(k, state.server), jax.random.key(0))
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), state.clients)
+    largest = int(np.argmax([s.rows for s in engine.sizes]))
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    step = jax.eval_shape(
+        lambda k, r, s, c: _example_step(engine, largest, k, r, s, c, (), engine.buckets, engine.pool),
+        jax.eval_shape(lambda: jax.random.key(0)), scalar, shared, stacked,
+    )  # fmt: skip
+    rows = engine.sizes[largest].rows
+    table = lambda tree: _bytes({r: v for r, v in tree.items() if r in ITEM_ROLES})
+    up_rows, down_full = _bytes(step.upload), _bytes(shared)
+    up_tables = table(step.upload)
+    return {
+        "down": down_full,
+        "up": up_rows - up_tables + up_tables // rows * spec.num_items,
+        "down_rows": down_full - table(shared) + table(shared) // spec.num_items * rows,
+        "up_rows": up_rows,
+    }
+
+
+def _memory_bytes(engine: Engine) -> dict[str, int]:
+    method, spec = engine.method, engine.clients
+    state = jax.eval_shape(lambda k: _fresh_state(method, k), jax.random.key(0))
+    row = row_bytes(engine)
+    # a block holds its rows before and after training, their change, and the batch's vectors with gradients
+    in_flight = max(
+        block * (4 * size.rows + 3 * size.batch) * row + block * 16 * (size.epoch + size.draws)
+        for size, block in zip(engine.sizes, engine.block, strict=True)
+    )
+    parts = {
+        "clients": _bytes(state.clients) * spec.num_slots,
+        "server": 3 * _bytes(state.server),
+        "data": sum(x.nbytes for b in spec.buckets for x in b if x is not None),
+        "block": in_flight * spec.num_devices,
+    }
+    return {**parts, "total": sum(parts.values())}

@@ -1,0 +1,28 @@
+"""One-line validators: each raises a ValueError that says what was given, what is expected, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def positive(name: str, value: float, *, zero_allowed: bool = False) -> None:
+    if not (value > 0 or (zero_allowed and value == 0)):
+        raise ValueError(f"{name}={value}: expected a number {'>= 0' if zero_allowed else '> 0'}")
+
+
+def between(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value}: expected a number in [{low}, {high}]")
+
+
+def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}{nearest(value, allowed)}")
+
+
+def nearest(value: str, allowed: Iterable[str]) -> str:
+    """' (did you mean X?)' or nothing."""
+    close = difflib.get_close_matches(str(value), list(allowed), n=1, cutoff=0.4)
+    return f" (did you mean {close[0]}?)" if close else ""

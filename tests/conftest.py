@@ -1,0 +1,30 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedjax_rec.data.readers import DATASETS
+
+REAL_DATA = Path(os.environ.get("FEDJAX_REC_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[..., Path]:
+    """`real_data(name)`: the folder of a real data set; the test is skipped where its file is absent.
+
+    `real_data(name, file)` asks for that file of the folder instead, and returns its path.
+    """
+
+    def find(name: str, file: str | None = None) -> Path:
+        folder = REAL_DATA / name
+        patterns = (file,) if file else DATASETS[name].files
+        if not any(any(folder.glob(pattern)) for pattern in patterns):
+            pytest.skip(f"real data: {folder / patterns[0]} is missing; set FEDJAX_REC_DATA to the data directory")
+        return folder / file if file else folder
+
+    return find
