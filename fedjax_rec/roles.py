@@ -75,9 +75,7 @@ def sgd_step(loss: Loss, rates: Mapping[str, float]) -> Step:
         for role, grad in grads.items():
             new[role] = jax.tree.map(lambda p, g, r=rates[role]: p - r * g, params[role], grad)
         for role, grad in row_grads.items():
-            new[role] = jax.tree.map(
-                lambda p, g, r=rates[role]: p.at[batch.item].add(-r * g), params[role], grad
-            )
+            new[role] = jax.tree.map(lambda p, g, r=rates[role]: p.at[batch.item].add(-r * g), params[role], grad)
         return new, value
 
     return step

@@ -152,9 +152,7 @@ class Engine:
         return _memory_bytes(self)
 
 
-def make_engine(
-    method: Method, clients: Clients, *, mesh: Mesh | None = None, block_size: int = 0
-) -> Engine:
+def make_engine(method: Method, clients: Clients, *, mesh: Mesh | None = None, block_size: int = 0) -> Engine:
     """Places the clients on the mesh and fixes the static sizes.
 
     Raises:
@@ -350,9 +348,7 @@ def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, coh
             real = record.user < spec.num_users
             slot = jnp.where(real, record.user - first_user, slots)
             steps = epoch_steps(method.sampling, size, record.length.max())
-            run = functools.partial(
-                local_step, method, size, spec.num_items, pool, key, round_, shared, clients, mail
-            )
+            run = functools.partial(local_step, method, size, spec.num_items, pool, key, round_, shared, clients, mail)
             done = jax.vmap(lambda s, r: run(s, r, steps))(slot, record)
             rows = None if size.dense else done.rows
             weight = done.weight * real

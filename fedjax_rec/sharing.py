@@ -1,8 +1,8 @@
 """The common shape of a federated recommender: some roles are shared and averaged, the rest stays.
 
-    download  shared roles replace the client's, private ones are the client's own
-    upload    what local training changed in the shared roles
-    server    theta <- theta + server optimiser(weighted mean of the changes)
+download  shared roles replace the client's, private ones are the client's own
+upload    what local training changed in the shared roles
+server    theta <- theta + server optimiser(weighted mean of the changes)
 """
 
 from __future__ import annotations

@@ -6,9 +6,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pytest
 
 from fedjax_rec.data.readers import DATASETS
+
+jax.config.update("jax_num_cpu_devices", 4)  # before any device is used: tests of the mesh need several
 
 REAL_DATA = Path(os.environ.get("FEDJAX_REC_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 

@@ -20,6 +20,4 @@ def linear_head(dim: int) -> Backbone:
             }
         }
 
-    return Backbone(
-        init, lambda p, items: items @ p["head"]["weight"] + p["head"]["bias"], dim, private=("head",)
-    )
+    return Backbone(init, lambda p, items: items @ p["head"]["weight"] + p["head"]["bias"], dim, private=("head",))

@@ -40,7 +40,7 @@ class Filters:
     min_item: int = 0
     user_core: int = 0
     item_core: int = 0
-    min_rating: float | None = None
+    min_rating: float | int | None = None
 
     def __post_init__(self) -> None:
         for field in ("min_user", "min_item", "user_core", "item_core"):

@@ -79,8 +79,8 @@ def _lines(path: Path) -> Iterator[bytes]:
 def _text(path: Path, encoding: str) -> str:
     """The whole file, without line breaks at its end."""
     content = b"".join(_lines(path))
-    if not content.strip():
-        raise DataError(f"{path}, line 1: is empty, expected one interaction per line; {FETCH_AGAIN}")
+    if re.match(rb"\s*?(\n|\Z)", content):
+        raise DataError(f"{path}, line 1: is empty, expected one interaction per line; {CORRECT}, or {FETCH_AGAIN}")
     try:
         return content.decode(encoding).rstrip("\r\n")
     except UnicodeDecodeError as error:
@@ -110,10 +110,8 @@ def _parsed(
             low_memory=False,
         )
     except pd.errors.ParserError as error:
-        line = re.search(r"in line (\d+)", str(error))
-        where = f"line {line.group(1)}" if line else "a line"
         raise DataError(
-            f"{path}, {where}: cannot be split into columns ({str(error).strip()}), expected "
+            f"{path}, line {_line_of(error)}: cannot be split into columns ({str(error).strip()}), expected "
             f"{separator!r} between columns; {CORRECT}"
         ) from None
     if not isinstance(frame.index, pd.RangeIndex):  # pandas took surplus columns for an index
@@ -121,8 +119,16 @@ def _parsed(
             f"{path}, line {first_line}: more than {len(frame.columns)} columns, expected "
             f"{len(frame.columns)} separated by {separator!r}; {CORRECT}"
         )
+    if frame.empty:
+        raise DataError(f"{path}, line {first_line}: no rows follow the header, expected some; {FETCH_AGAIN}")
     frame.index = pd.RangeIndex(first_line, first_line + len(frame), name="line")
     return frame
+
+
+def _line_of(error: Exception) -> int:
+    """The 1-based line that a message of the pandas parser is about: `in line 3`, or `at row 2` from 0."""
+    line, row = re.search(r"in line (\d+)", str(error)), re.search(r"at row (\d+)", str(error))
+    return int(line[1]) if line else int(row[1]) + 1 if row else 1
 
 
 def _without_header(path: Path, separator: str, names: tuple[str, ...], encoding: str = "utf-8-sig") -> pd.DataFrame:

@@ -129,7 +129,7 @@ def cold_items(
             f"{interactions.name}: parts of shape {parts.shape}, expected 0, 1 or 2 for each of "
             f"{interactions.num_items} items; give one part per item"
         )
-    _check_no_part_empty(interactions.name, np.bincount(parts, minlength=3), "the item parts")
+    _check_no_part_empty(interactions.name, np.bincount(parts, minlength=3), "parting the items")
     candidates = {name: parts == label for label, name in enumerate(SPLIT_PARTS)}
     tie_rule = f"{origin}, no time is used."
     return _split("cold_items", interactions, parts[interactions.item], tie_rule, candidates)

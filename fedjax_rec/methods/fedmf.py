@@ -51,9 +51,7 @@ def fedmf(config: Config, num_users: int, num_items: int, name: str = "fedmf") -
         name,
         init_shared=lambda key: {"item": item_table(key, num_items, backbone.width, config.init_std)},
         init_private=backbone.init,
-        train=local_sgd(
-            loss, {"user": config.lr, "item": config.item_lr(num_users)}, optimizer=config.optimizer
-        ),
+        train=local_sgd(loss, {"user": config.lr, "item": config.item_lr(num_users)}, optimizer=config.optimizer),
         score=lambda params: backbone.predict(params, params["item"]),
         config=config,
     )

@@ -39,9 +39,7 @@ class Config(LocalConfig):
 
 def fedncf(config: Config, num_users: int, num_items: int, name: str = "fedncf") -> Method:
     """FedNCF; see the module docstring."""
-    backbone = neural_cf(
-        config.dim, layers=config.layers, gmf=config.branches == "neumf", init_std=config.init_std
-    )
+    backbone = neural_cf(config.dim, layers=config.layers, gmf=config.branches == "neumf", init_std=config.init_std)
 
     def loss(params, vectors, batch):
         return binary_cross_entropy(backbone.predict(params, vectors["item"]), batch)

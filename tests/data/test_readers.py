@@ -196,6 +196,7 @@ def test_folder_with_amazon_reviews(tmp_path):
     assert (made.name, made.num_users, len(made)) == ("Toys", 1, 2)
 
 
+MONTH_13 = "1\t1\t1\t1\t13\t2009"
 XZ = "user_id,movie_id,position\n1,2,x\n"
 # data set or file, file of a data set, content, line, found, expected, remedy
 CORRECT, AGAIN = "correct or remove that line", "get the file again"
@@ -210,7 +211,7 @@ BROKEN = {
     "blank line": ("ml-100k", "u.data", "1\t2\t3\t4\n\n1\t3\t3\t4\n", 2, "is empty", "whole number", CORRECT),
     "not a time": ("ml-100k", "u.data", "1\t2\t3\tnan\n", 1, "'nan'", "a number", CORRECT),
     "empty file": ("ml-100k", "u.data", "", 1, "is empty", "one interaction per line", AGAIN),
-    "not text": ("ku", "inter.csv", b"userID,itemID\n1,2\n\xff,3\n", 3, "0xff", "expected text", "save the file"),
+    "not text": ("ku", "inter.csv", b"userID,itemID\n1,2\n\xff,3\n", 3, "0xff", "text", "save the file"),
     "missing column": ("ku", "inter.csv", "userID,rating\n1,2\n", 1, "no item column", "itemid", "add or rename"),
     "bad label": ("ku", "inter.csv", "userID,itemID,split_label\n1,2,0\n1,3,7\n", 3, "7", "2 (test)", CORRECT),
     "missing time": ("ku", "inter.csv", "userID,itemID,timestamp\n1,2,9\n1,3,\n", 3, "is empty", "a time", CORRECT),
@@ -220,7 +221,7 @@ BROKEN = {
     "library line": ("citeulike-a", "users.dat", "1 4\n\n1 5\n", 2, "is empty", "a count", CORRECT),
     "library item": ("citeulike-a", "users.dat", "1 4\n2 4 -5\n", 2, "-5", "whole number", CORRECT),
     "no date": ("lastfm-2k-tags", "user_taggedartists.dat", "userID\tartistID\n1\t2\n", 1, "'year'", "day", AGAIN),
-    "month": ("lastfm-2k-tags", "user_taggedartists.dat", LASTFM_TAGS + "1\t1\t1\t1\t13\t2009", 14, "13", "12", CORRECT),
+    "month": ("lastfm-2k-tags", "user_taggedartists.dat", LASTFM_TAGS + MONTH_13, 14, "13", "12", CORRECT),
     "xing word": ("xing", "interactions.csv", "1.0,2.0\n1.0,b\n", 2, "'b'", "whole number", CORRECT),
     "json": ("amazon-giftcards", "Gift_Cards.json.gz", REVIEWS + "{'a\n", 4, "is no JSON", "one review", AGAIN),
     "json key": ("amazon-giftcards", "Gift_Cards.json.gz", '{"asin": "B"}\n', 1, "'reviewerID'", "asin", CORRECT),
@@ -228,6 +229,8 @@ BROKEN = {
     "no json": ("amazon-giftcards", "Gift_Cards.json.gz", "\n", 1, "is empty", "one review", AGAIN),
     "stray text": ("log.csv", None, "user,item\n1,2\nx7,3\n", 3, "'x7'", "whole number", CORRECT),
     "empty text id": ("log.csv", None, "user,item\na,b\n,c\n", 3, "is empty", "an id", CORRECT),
+    "open quote": ("log.csv", None, 'user,item\n1,2\n1,"3\n2,4\n', 3, "EOF inside string", "','", CORRECT),
+    "blank header": ("log.csv", None, "\nuser,item\n1,2\n", 1, "is empty", "one interaction", CORRECT),
     "negative token": ("log.inter", None, "user_id:token\titem_id:token\n1\t2\n1\t-2\n", 3, "-2", "whole", CORRECT),
     "no user": ("log.inter", None, "item_id:token\n1\n", 1, "no user column", "userid", "add or rename"),
 }  # fmt: skip
@@ -258,7 +261,9 @@ def test_cut_and_false_archives(file, tmp_path):
 
 
 def test_a_header_without_rows(tmp_path):
-    with pytest.raises(DataError, match=r"log.csv: holds no rows"):
+    with pytest.raises(
+        DataError, match=r"log.csv, line 2: no rows follow the header, expected some; get the file again"
+    ):
         load(write(tmp_path, "log.csv", "user,item\n"))
 
 

@@ -1,0 +1,201 @@
+"""Round throughput of a configuration, beside a plain per-client NumPy loop and the memory bandwidth."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_rec.data.clients import row_offsets
+from fedjax_rec.data.splits import Split
+from fedjax_rec.method import Method
+from fedjax_rec.run import RunConfig, check_memory, prepare
+from fedjax_rec.system import device_name, peak_memory_bytes, versions
+from fedjax_rec.workdir import write_json
+
+COPY_BYTES = 2**28
+
+
+def run(
+    config: RunConfig, workdir: str | os.PathLike | None = None, *, rounds: int = 20, data: tuple | None = None
+) -> dict[str, Any]:
+    """Times `rounds` rounds of training after the first one; writes benchmark.json into the workdir.
+
+    Returns:
+        times in seconds (median, min, max over the timed rounds, each waited for), throughputs per second, bytes,
+        and the same round as a NumPy loop over clients (None for methods it does not know).
+    """
+    ready = prepare(config, data)
+    memory = check_memory(ready.engine)
+    began = time.perf_counter()
+    state = jax.block_until_ready(ready.engine.init(ready.key))
+    init_s = time.perf_counter() - began
+    began = time.perf_counter()
+    state, info = jax.block_until_ready(ready.engine.round(ready.key, state, 0, _cohort(ready, 0)))
+    first = time.perf_counter() - began
+    times = []
+    for round_ in range(1, rounds + 1):
+        cohort = _cohort(ready, round_)
+        began = time.perf_counter()
+        state, info = jax.block_until_ready(ready.engine.round(ready.key, state, round_, cohort))
+        times.append(time.perf_counter() - began)
+    median = float(np.median(times))
+    peak = peak_memory_bytes()
+    began = time.perf_counter()
+    ready.evaluator.ranks(ready.key, state, rounds + 1, ready.eval_cohort)
+    first_evaluation = time.perf_counter() - began
+    began = time.perf_counter()
+    ready.evaluator.ranks(ready.key, state, rounds + 1, ready.eval_cohort)
+    evaluation = time.perf_counter() - began
+    clients = float(info["clients"])
+    samples = samples_per_round(ready.method, ready.split) * clients / ready.split.num_users
+    bandwidth = memory_bandwidth()
+    moved = rows_moved_bytes(ready.method, samples)
+    result = {
+        "method": config.method,
+        "settings": dataclasses.asdict(ready.method.config),
+        "dataset": config.dataset,
+        "clients": int(clients),
+        "items": ready.split.num_items,
+        "samples_per_round": int(samples),
+        "compile_s": max(first - median, 0.0),
+        "init_s": init_s,
+        "first_round_s": first,
+        "round_s": {"median": median, "min": min(times), "max": max(times), "n": rounds},
+        "evaluate_s": {"first": first_evaluation, "again": evaluation},
+        "clients_per_s": clients / median,
+        "samples_per_s": samples / median,
+        "bytes_per_round": moved,
+        "memory_bandwidth_bytes_per_s": bandwidth,
+        "roofline_share": moved / bandwidth / median,
+        "numpy_loop_round_s": numpy_loop_seconds(ready.method, ready.split),
+        "peak_memory_bytes": peak,
+        "memory_estimate_bytes": memory,
+        "block_sizes": list(ready.engine.block),
+        "devices": ready.engine.mesh.size,
+        "versions": versions(),
+        "device": device_name(),
+    }
+    if workdir is not None:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+        write_json(Path(workdir) / "benchmark.json", result)
+    return result
+
+
+def _cohort(ready, round_: int):
+    users = ready.cohort_users(round_)
+    return None if users is None else ready.engine.cohort(users)
+
+
+def samples_per_round(method: Method, split: Split) -> float:
+    """Training samples of a round in which everybody takes part."""
+    sampling = method.sampling
+    return len(split.train.item) * (1 + sampling.negatives) * sampling.local_epochs
+
+
+def rows_moved_bytes(method: Method, samples: float) -> float:
+    """Bytes that a round cannot help moving: each sampled row is read from the table, then added into the sum
+    (a read and a write)."""
+    return 3 * samples * getattr(method.config, "dim", 0) * 4
+
+
+def memory_bandwidth() -> float:
+    """Bytes per second of a large copy on the default devices, counting reads and writes; best of five."""
+    x = jnp.zeros(COPY_BYTES // 4)
+    copy = jax.jit(lambda x: x + 1)
+    jax.block_until_ready(copy(x))
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        jax.block_until_ready(copy(x))
+        times.append(time.perf_counter() - began)
+    return 2 * COPY_BYTES / min(times)
+
+
+def table(result: dict[str, Any]) -> str:
+    """A few lines for people."""
+    loop = result["numpy_loop_round_s"]
+    against = f"{loop:.3f} s ({loop / result['round_s']['median']:.1f} x)" if loop else "not available for this method"
+    rows = {
+        "method": f"{result['method']} on {result['dataset']}, {result['clients']:,} clients",
+        "device": f"{result['devices']} x {result['device']}",
+        "first round": f"{result['first_round_s']:.2f} s (compilation {result['compile_s']:.2f} s)",
+        "round": f"median {result['round_s']['median'] * 1e3:.2f} ms, min {result['round_s']['min'] * 1e3:.2f}, "
+        f"max {result['round_s']['max'] * 1e3:.2f}, n {result['round_s']['n']}",
+        "throughput": f"{result['clients_per_s']:,.0f} clients/s, {result['samples_per_s']:,.0f} samples/s",
+        "evaluation": f"{result['evaluate_s']['again'] * 1e3:.1f} ms",
+        "bandwidth": f"{result['memory_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s measured; the rows a round must move "
+        f"use {result['roofline_share']:.1%} of it",
+        "NumPy loop": against,
+        "peak memory": f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB",
+    }
+    return "\n".join(f"{name:<12} {text}" for name, text in rows.items())
+
+
+# ---- the plain loop ----------------------------------------------------------------------------------------
+
+
+def numpy_loop_seconds(method: Method, split: Split, repeats: int = 3) -> float | None:
+    """Median seconds of one round as a loop over clients that touches only used rows, as one would write it by
+    hand in NumPy; None for methods whose score is not linear in the item vector."""
+    if method.name not in ("pfedrec", "fedmf", "fcf", "fedavg") or method.sampling.local_epochs != 1:
+        return None
+    rng = np.random.default_rng(0)
+    dim = method.config.dim
+    table = rng.normal(0, 0.1, (split.num_items, dim)).astype(np.float32)
+    heads = rng.normal(0, 0.1, (split.num_users, dim + 1)).astype(np.float32)
+    offsets = row_offsets(split.train.user, split.num_users)
+    two_steps = method.name == "pfedrec"
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        _numpy_round(rng, table, heads, split, offsets, method, two_steps)
+        times.append(time.perf_counter() - began)
+    return float(np.median(times))
+
+
+def _numpy_round(rng, table, heads, split: Split, offsets, method: Method, two_steps: bool) -> None:
+    """One round: every client draws, trains on its rows and adds its change into the sum."""
+    sampling, lr = method.sampling, np.float32(0.1)
+    total = np.zeros_like(table)
+    for user in range(split.num_users):
+        history = split.train.item[offsets[user] : offsets[user + 1]]
+        if not len(history):
+            continue
+        free = split.num_items - len(history)
+        ranks = rng.integers(0, free, len(history) * sampling.negatives)
+        negatives = ranks + np.searchsorted(history - np.arange(len(history)), ranks, side="right")
+        items = np.concatenate([history, negatives])
+        labels = np.zeros(len(items), np.float32)
+        labels[: len(history)] = 1
+        rows, index = np.unique(items, return_inverse=True)
+        local = table[rows]
+        order = rng.permutation(len(items))
+        size = sampling.batch_size or len(items)
+        weight, bias = heads[user, :-1], heads[user, -1:]
+        for start in range(0, len(items), size):
+            batch = order[start : start + size]
+            where, label = index[batch], labels[batch]
+            vectors = local[where]
+            error = _error(vectors, weight, bias, label)
+            step = lr * (error @ vectors), lr * error.sum()
+            if two_steps:
+                weight -= step[0]
+                bias -= step[1]
+                error = _error(vectors, weight, bias, label)
+            np.add.at(local, where, -lr * error[:, None] * weight)
+            if not two_steps:
+                weight -= step[0]
+                bias -= step[1]
+        total[rows] += local - table[rows]
+    table += total / split.num_users
+
+
+def _error(vectors, weight, bias, label):
+    return (1 / (1 + np.exp(-(vectors @ weight + bias))) - label) / np.float32(len(label))

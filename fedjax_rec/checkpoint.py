@@ -1,0 +1,67 @@
+"""Saving and restoring runs. The only file that knows Orbax."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from fedjax_rec.types import PyTree
+
+KEEP = 2  # a checkpoint that turns out unreadable leaves the one before
+
+
+class Checkpoints:
+    """Numbered checkpoints of a run in one folder.
+
+    A checkpoint appears under its number only when it is complete, so a killed run leaves the last good one.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        policy = ocp.training.preservation_policies.LatestN(KEEP)
+        self._checkpointer = ocp.training.Checkpointer(
+            os.path.abspath(folder), preservation_policy=policy, cleanup_tmp_directories=True
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """Rounds done in the newest checkpoint."""
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
+
+    def save(self, rounds_done: int, state: PyTree, notes: dict[str, Any]) -> None:
+        """Saves arrays (`state`) and small JSON facts (`notes`) under the number of rounds done."""
+        if rounds_done != self.latest:
+            self._checkpointer.save(rounds_done, state, custom_metadata=notes)
+
+    def notes(self) -> dict[str, Any]:
+        """The facts saved with the newest checkpoint."""
+        return self._checkpointer.metadata(self._checkpointer.latest.step).custom_metadata or {}
+
+    def load(self, like: PyTree) -> tuple[int, PyTree]:
+        """(rounds done, state) of the newest checkpoint.
+
+        Args:
+            like: arrays or shapes with shardings; what is loaded gets their shapes, types and placement.
+        """
+        newest = self._checkpointer.latest
+        state = self._checkpointer.load(newest.step, abstract_state=jax.tree.map(_abstract, like))
+        return newest.step, state
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+
+def _abstract(x):
+    if isinstance(x, np.ndarray):
+        return x
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

@@ -1,0 +1,102 @@
+"""The files of a run: config.json, metrics.jsonl, summary.json, per_client.npz. All writes survive a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class UsageError(ValueError):
+    """Bad usage: one line that says what was given, what was expected, what to do."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON under its name only when complete."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(value, indent=1, allow_nan=True) + "\n")
+    os.replace(temporary, path)
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    os.replace(temporary, path)
+
+
+def claim(folder: Path, config: Mapping[str, Any]) -> None:
+    """Makes the folder this run's, or checks that it already is.
+
+    Raises:
+        UsageError: if the folder belongs to a run with another configuration; names every difference.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
+    given = json.loads(json.dumps(config))
+    if not path.exists():
+        write_json(path, given)
+        return
+    held = read_config(folder)
+    differing = [
+        f"{name}: {held.get(name)!r} there, {given.get(name)!r} given"
+        for name in sorted(held.keys() | given.keys())
+        if held.get(name) != given.get(name)
+    ]
+    if differing:
+        raise UsageError(
+            f"{folder} holds a run with another configuration ({'; '.join(differing)}): "
+            "use another --workdir, or the settings that are there"
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run.
+
+    Raises:
+        UsageError: if there is none, or it cannot be read.
+    """
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist: expected the workdir of a run; train one first") from None
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path} line {error.lineno}: not JSON ({error.msg}); restore or remove it") from None
+
+
+class MetricsLog:
+    """metrics.jsonl: one line a round, in order. What timing a round had stands under its key `seconds`."""
+
+    def __init__(self, folder: Path, rounds_done: int):
+        """Keeps the lines of the first `rounds_done` rounds and drops what a killed run wrote beyond them."""
+        self.path = folder / "metrics.jsonl"
+        self.lines = [line for line in _readable(self.path) if line["round"] <= rounds_done]
+        temporary = self.path.with_name(self.path.name + ".part")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        os.replace(temporary, self.path)
+        self._file = self.path.open("a")
+
+    def append(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _readable(path: Path) -> list[dict[str, Any]]:
+    """The lines up to the first that a kill left incomplete."""
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        for text in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return lines

@@ -1,0 +1,147 @@
+"""Launches a run from flags or a flagfile: data in, workdir out. `python launch.py --help` lists the flags.
+
+Exit codes: 0 done, 2 bad usage or bad input (one line on standard error), 75 stopped early by a signal with a
+checkpoint saved (start the same command again to go on).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import jax
+from absl import app, flags
+
+EXIT_USAGE, EXIT_AGAIN = 2, 75
+FLAGS = flags.FLAGS
+
+flags.DEFINE_enum("mode", "train", ["train", "evaluate", "benchmark"], "What to do.")
+flags.DEFINE_string("workdir", None, "Folder of the run; a run with a checkpoint there is resumed.")
+flags.DEFINE_string("method", "fedmf", "Method; an unknown name is answered with the known ones.")
+flags.DEFINE_multi_string("set", [], "A method setting, key=value; repeat for more.")
+flags.DEFINE_string("dataset", "synthetic", "Data set name, or path of a .csv, .inter or Amazon .json.gz.")
+flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders.")
+flags.DEFINE_string("split", "leave_one_out", "leave_one_out, given or cold_items.")
+flags.DEFINE_integer("split_seed", 0, "Seed of --split=cold_items.")
+flags.DEFINE_string("ties", "later_row", "Which of two equal timestamps is newer: later_row or earlier_row.")
+flags.DEFINE_multi_string(
+    "filter", [], "A data filter: min_user, min_item, user_core, item_core or min_rating=value."
+)
+flags.DEFINE_string("filmtrust_time", "item", "FilmTrust has no time: rank of the item, or position in the user.")
+flags.DEFINE_string("protocol", "honest", "honest, or published (the method's released protocol with its leaks).")
+flags.DEFINE_string("ranking", "full", "full, or sampled_99 (against 99 sampled items).")
+flags.DEFINE_integer("rounds", 100, "Federated rounds.")
+flags.DEFINE_integer("seed", 0, "Seed of everything the run draws.")
+flags.DEFINE_float("clients_per_round", 0, "Clients in a round: a number, a share below 1, or 0 for all.")
+flags.DEFINE_integer("eval_every", 10, "Rounds between evaluations.")
+flags.DEFINE_integer("eval_clients", 0, "Evaluate on so many clients, drawn once; 0 for all.")
+flags.DEFINE_list("k", ["10", "50"], "Cut-offs of the metrics.")
+flags.DEFINE_string("select_metric", "NDCG@10", "Validation metric that selects the round.")
+flags.DEFINE_integer("patience", 0, "Stop after so many rounds without improvement on validation; 0 for never.")
+flags.DEFINE_integer("checkpoint_every", 100, "Rounds between checkpoints; 0 for only at the end.")
+flags.DEFINE_integer("block_size", 0, "Clients per block; 0 chooses.")
+flags.DEFINE_integer("max_buckets", 4, "Padded history widths at most; more run faster and compile longer.")
+flags.DEFINE_integer("devices", 0, "Devices to spread the clients over; 0 for all.")
+flags.DEFINE_integer("cpu_devices", 0, "On the CPU, virtual devices to make: 0 for one per core.")
+flags.DEFINE_integer("benchmark_rounds", 20, "Timed rounds of --mode=benchmark.")
+flags.DEFINE_bool("progress", True, "Show a progress bar.")
+flags.DEFINE_bool("plots", True, "Write plots into the workdir (needs the extra `plots`).")
+flags.DEFINE_string("compile_cache", None, "Folder of compiled programs, kept between runs.")
+
+
+def assignments(pairs: list[str], flag: str) -> dict[str, str]:
+    """key=value flags as a dictionary."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise ValueError(f"--{flag}={pair}: expected key=value")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def use_cores() -> None:
+    """One virtual CPU device per core: a round's client loop runs on one core per device."""
+    count = FLAGS.cpu_devices or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def config_from_flags():
+    from fedjax_rec.methods import make_config
+    from fedjax_rec.run import RunConfig
+
+    filters = {k: float(v) if k == "min_rating" else int(v) for k, v in assignments(FLAGS.filter, "filter").items()}
+    settings = assignments(FLAGS.set, "set")
+    chosen = make_config(FLAGS.method, settings)
+    return RunConfig(
+        method=FLAGS.method,
+        settings={name: getattr(chosen, name) for name in settings},
+        filters=filters,
+        ks=tuple(int(k) for k in FLAGS.k),
+        **{
+            name: FLAGS[name].value
+            for name in (
+                "dataset", "data_dir", "split", "split_seed", "ties", "filmtrust_time", "protocol", "ranking", "rounds",
+                "seed", "clients_per_round", "eval_every", "eval_clients", "select_metric", "patience",
+                "checkpoint_every", "block_size", "max_buckets", "devices",
+            )
+        },
+    )  # fmt: skip
+
+
+def train() -> int:
+    from fedjax_rec import report, run
+
+    config = config_from_flags()
+    data = run.load_data(config)
+    print(run.introduction(run.prepare(config, data)), flush=True)
+    summary = run.train(config, FLAGS.workdir, data=data, progress=FLAGS.progress)
+    if summary["status"] == run.STOPPED:
+        print(f"{run.STOPPED} after round {summary['rounds']}: start again to go on", file=sys.stderr)
+        return EXIT_AGAIN
+    print(report.table(summary))
+    if FLAGS.workdir and FLAGS.plots:
+        report.plots(FLAGS.workdir)
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise ValueError(f"{argv[1]!r}: expected flags only, like --{argv[1].lstrip('-')}")
+    use_cores()
+    if FLAGS.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", FLAGS.compile_cache)
+    if FLAGS.mode == "benchmark":
+        from fedjax_rec import benchmark
+
+        print(benchmark.table(benchmark.run(config_from_flags(), FLAGS.workdir, rounds=FLAGS.benchmark_rounds)))
+        return 0
+    if FLAGS.mode == "evaluate":
+        from fedjax_rec import report, run
+
+        if not FLAGS.workdir:
+            raise ValueError("--mode=evaluate: expected --workdir of a trained run")
+        given = {"ranking": FLAGS.ranking, "eval_clients": FLAGS.eval_clients, "ks": tuple(int(k) for k in FLAGS.k)}
+        print(report.table(run.evaluate(FLAGS.workdir, **given)))
+        return 0
+    return train()
+
+
+def checked_main(argv: list[str]) -> int:
+    """main, with bad usage and bad input as one line on standard error."""
+    try:
+        return main(argv)
+    except (ValueError, FloatingPointError) as error:
+        print(f"launch.py: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+def command_line() -> int:
+    app.define_help_flags()
+    try:
+        arguments = FLAGS(sys.argv)
+    except flags.Error as error:
+        print(f"launch.py: {error}; --help lists the flags", file=sys.stderr)
+        return EXIT_USAGE
+    return checked_main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())

@@ -1,0 +1,129 @@
+"""One federated round as the papers write it: a Python loop over clients, without the engine.
+
+No vmap, blocks, buckets, working sets or devices: every client holds whole tables. Two things are the engine's: the
+keys, and `draw_local_data`, which has its own tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_rec.data.sampling import Record, draw_local_data, epoch_steps, sizes
+from fedjax_rec.data.splits import Split
+from fedjax_rec.method import Aggregate, Method
+from fedjax_rec.rounds import SERVER, State, client_key
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Oracle:
+    """A method on a split. `pool`: item ids that may be negatives, or None for the catalogue; `spare_held_out`: a
+    user's validation and test items are never its negatives."""
+
+    method: Method
+    split: Split
+    pool: np.ndarray | None = None
+    spare_held_out: bool = False
+
+    def round(self, key, state: State, round_: int, users=None):
+        """(state, mean of the clients' infos); `users` take part, default all."""
+        users = range(self.split.num_users) if users is None else users
+        k_publish, k_server = jax.random.split(client_key(key, round_, SERVER))
+        shared = self.method.publish(k_publish, state.server)
+        clients = jax.tree.map(np.array, state.clients)
+        sent, weights, infos = [], [], []
+        for user in users:
+            own = jax.tree.map(lambda x, u=user: x[u], clients)
+            mine = jax.tree.map(lambda x, u=user: x[u], state.mail)
+            own, upload, weight, info, _ = self.client(client_key(key, round_, user), shared, mine, own, user, round_)
+            for kept, new in zip(jax.tree.leaves(clients), jax.tree.leaves(own), strict=True):
+                kept[user] = new
+            sent.append(upload)
+            weights.append(float(weight))
+            infos.append(info)
+        received = Aggregate(weighted_mean(sent, weights), jnp.float32(sum(weights)), jnp.float32(len(weights)))
+        server, mail = self.method.server_update(k_server, state.server, received)
+        info = {name: np.mean([float(i[name]) for i in infos]) for name in infos[0]}
+        return State(server, clients, mail), info
+
+    def client(self, key, shared, mail, own, user: int, round_: int):
+        """One client's round: (what stays, upload, weight, info, model)."""
+        k_draw, k_train, k_upload = jax.random.split(key, 3)
+        data = self.data(k_draw, user, round_)
+        return self._train(k_train, k_upload, shared, mail, own, data)
+
+    def scores(self, state: State, user: int):
+        """The user's logits [items], with the server's present state."""
+        shared = self.method.publish(jax.random.key(0), state.server)
+        own = jax.tree.map(lambda x: jnp.asarray(x[user]), state.clients)
+        data = self.data(jax.random.key(0), user, 0)
+        return self.method.score(shared, self.method.download(shared, (), own, data), data)
+
+    def data(self, key, user: int, round_: int):
+        """The client's samples, pointing into the catalogue."""
+        mine = self.history(user)
+        steps = epoch_steps(self.method.sampling, self.sizes, jnp.int32(len(mine)))
+        local = self._draw(key, self.record(user), steps, jnp.int32(round_))
+        rows = local.rows
+        return local.replace(
+            rows=jnp.arange(self.split.num_items),
+            row_mask=jnp.ones(self.split.num_items, bool),
+            item=rows[local.item],
+            history=rows[local.history],
+        )
+
+    def history(self, user: int) -> np.ndarray:
+        return self.split.train.item[self.split.train.user == user]
+
+    @functools.cached_property
+    def sizes(self):
+        longest = max(len(self.history(user)) for user in range(self.split.num_users))
+        return sizes(self.method.sampling, longest, self.split.num_items)
+
+    def record(self, user: int) -> Record:
+        mine, items = self.history(user), self.split.num_items
+        pool = np.arange(items) if self.pool is None else self.pool
+        parts = (self.split.train, self.split.valid, self.split.test) if self.spare_held_out else (self.split.train,)
+        spared = np.concatenate([part.item[part.user == user] for part in parts])
+        forbidden = np.flatnonzero(np.isin(pool, spared))
+        padded = lambda x, width, fill: jnp.asarray(np.append(x, np.full(width - len(x), fill)).astype(np.int32))
+        return Record(
+            user=jnp.int32(user),
+            history=padded(mine, self.sizes.history, items),
+            length=jnp.int32(len(mine)),
+            forbidden=padded(forbidden, len(pool), len(pool)),
+            num_forbidden=jnp.int32(len(forbidden)),
+        )
+
+    # Compiled for one client only so that the loop does not take minutes.
+    @functools.cached_property
+    def _draw(self):
+        pool = None if self.pool is None else jnp.asarray(self.pool)
+        return jax.jit(
+            lambda key, record, steps, round_: draw_local_data(
+                key, record, self.method.sampling, self.sizes, self.split.num_items, pool, steps, round_
+            )
+        )
+
+    @functools.cached_property
+    def _train(self):
+        method = self.method
+
+        def train(k_train, k_upload, shared, mail, own, data):
+            params = method.download(shared, mail, own, data)
+            params, update, info = method.local_update(k_train, shared, params, data)
+            own, upload = method.upload(k_upload, shared, params, update, data)
+            return own, upload, method.aggregator.weight(data), info, params
+
+        return jax.jit(train)
+
+
+def weighted_mean(sent: list, weights: list[float]):
+    """sum_k w_k upload_k / sum_k w_k, in float64."""
+    total = sum(weights)
+    add_up = lambda *leaves: sum(w * np.asarray(x, np.float64) for w, x in zip(weights, leaves, strict=True))
+    return jax.tree.map(lambda *leaves: jnp.asarray(add_up(*leaves) / total, jnp.float32), *sent)
