@@ -1,7 +1,8 @@
 """Metrics as functions of the ranks of held-out items. Host side, NumPy.
 
-A rank is 1 + (candidates scored higher) + (ties) / 2, so a hit at k is rank <= k and a constant score earns what
-chance would. Ranks come as [users, targets], NaN where a user has fewer targets.
+A rank is 1 + (candidates scored higher) + (ties) / 2, the mean over all orders of the ties. A hit at k is rank <= k,
+so a constant score earns the rank that chance has in the mean, and no hits in the upper half of the list.
+Ranks come as [users, targets], NaN where a user has fewer targets.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ def per_client(ranks: np.ndarray, ks: tuple[int, ...]) -> dict[str, np.ndarray]:
     known = ~np.isnan(ranks)
     targets = known.sum(1)
     counted = targets > 0
-    safe = np.where(known, ranks, np.inf)
+    safe = np.sort(np.where(known, ranks, np.inf), axis=1)
     nan_where_empty = lambda x: np.where(counted, x, np.nan)
     best = safe.min(1, initial=np.inf)
     values = {}
     for k in ks:
-        hit = safe <= k
-        gains = np.where(hit, 1.0 / np.log2(np.where(hit, safe, 1.0) + 1.0), 0.0).sum(1)
+        best_k = safe[:, :k]  # tied targets can share a rank <= k, but a list holds only k of them
+        hit = best_k <= k
+        gains = np.where(hit, 1.0 / np.log2(np.where(hit, best_k, 1.0) + 1.0), 0.0).sum(1)
         ideal = np.cumsum(1.0 / np.log2(np.arange(2, k + 2)))[np.clip(targets, 1, k) - 1]
         values[f"HR@{k}"] = nan_where_empty(hit.any(1).astype(float))
         values[f"Recall@{k}"] = nan_where_empty(hit.sum(1) / np.maximum(targets, 1))

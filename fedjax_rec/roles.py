@@ -19,6 +19,7 @@ from fedjax_rec.types import ITEM_ROLES, Params, PyTree
 Loss = Callable[[Params, Params, Batch], Float[Array, ""]]
 """(parameters without an item axis, item vectors of the batch keyed by role [batch, dim], batch) -> scalar."""
 Step = Callable[[PyTree, Batch], tuple[PyTree, Float[Array, ""]]]
+Rate = float | Float[Array, ""]
 
 
 def item_roles(params: Mapping) -> Params:
@@ -54,7 +55,7 @@ def binary_cross_entropy(logits: Float[Array, "batch"], batch: Batch) -> Float[A
     return masked_mean(optax.sigmoid_binary_cross_entropy(logits, batch.label), batch.mask)
 
 
-def sgd_step(loss: Loss, rates: Mapping[str, float]) -> Step:
+def sgd_step(loss: Loss, rates: Mapping[str, Rate]) -> Step:
     """One plain SGD step on the roles named in `rates`; the others stay as they are.
 
     Differentiates with respect to the batch's item vectors and adds their updates into the table: the same as
@@ -128,7 +129,7 @@ training on the working set equals training on the catalogue."""
 
 def local_sgd(
     loss: Loss,
-    rates: Mapping[str, float],
+    rates: Mapping[str, Rate],
     *,
     optimizer: str = "sgd",
     clip_norm: float | None = None,

@@ -243,7 +243,12 @@ def better(protocol_: Protocol, new: float, best: Best | None) -> bool:
 
 
 def train(
-    config: RunConfig, workdir: str | os.PathLike | None = None, *, data: tuple | None = None, progress: bool = False
+    config: RunConfig,
+    workdir: str | os.PathLike | None = None,
+    *,
+    data: tuple | None = None,
+    progress: bool = False,
+    references: bool = True,
 ) -> dict[str, Any]:
     """Runs `config` and returns its summary (also written to the workdir, if there is one).
 
@@ -252,6 +257,7 @@ def train(
         workdir: folder for logs and checkpoints; a run that finds its checkpoint there goes on from it.
         data: see prepare.
         progress: show a progress bar.
+        references: judge the training-free rankers too (a search over settings leaves them out).
 
     Returns:
         the summary; its key `status` is "done" or STOPPED.
@@ -296,7 +302,7 @@ def train(
             log.close()
             if held is not None:
                 held.close()
-    summary = _summary(ready, log.lines, best, done, memory, timing)
+    summary = _summary(ready, log.lines, best, done, memory, timing, references)
     summary["status"] = "done" if finished else STOPPED
     summary["seconds"]["total"] = time.perf_counter() - started
     if folder is not None and finished:
@@ -525,7 +531,7 @@ def participation(ready: Experiment, rounds: int, seen: int) -> np.ndarray | Non
     return took_part
 
 
-def _summary(ready: Experiment, lines, best: Best | None, done: int, memory, timing) -> dict[str, Any]:
+def _summary(ready: Experiment, lines, best: Best | None, done: int, memory, timing, references) -> dict[str, Any]:
     config = ready.config
     trained = [line["seconds"]["train"] for line in lines if not line["seconds"].get("first")]
     evaluated = [line["seconds"]["evaluate"] for line in lines if "evaluate" in line["seconds"]]
@@ -555,7 +561,7 @@ def _summary(ready: Experiment, lines, best: Best | None, done: int, memory, tim
         "best_round": best.round if best else None,
         "select_metric": config.select_metric,
         **said,
-        "reference_rankers": reference_results(ready, best.round) if best else {},
+        "reference_rankers": reference_results(ready, best.round) if best and references else {},
         "seconds": {
             "compile": timing["compile"],
             "train_round_median": median(trained),

@@ -10,12 +10,15 @@ import sys
 import jax
 import psutil
 
-LIBRARIES = ("fedjax_rec", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+from fedjax_rec import __version__
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and the libraries a result depends on."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}}
+    own = {"fedjax_rec": __version__, "python": platform.python_version()}
+    return own | {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def device_name() -> str:

@@ -32,14 +32,15 @@ class Oracle:
     def round(self, key, state: State, round_: int, users=None):
         """(state, mean of the clients' infos); `users` take part, default all."""
         users = range(self.split.num_users) if users is None else users
-        k_publish, k_server = jax.random.split(client_key(key, round_, SERVER))
+        k_publish, k_server = jax.random.split(client_key(key, jnp.int32(round_), SERVER))
         shared = self.method.publish(k_publish, state.server)
         clients = jax.tree.map(np.array, state.clients)
         sent, weights, infos = [], [], []
         for user in users:
             own = jax.tree.map(lambda x, u=user: x[u], clients)
             mine = jax.tree.map(lambda x, u=user: x[u], state.mail)
-            own, upload, weight, info, _ = self.client(client_key(key, round_, user), shared, mine, own, user, round_)
+            key_of_user = client_key(key, jnp.int32(round_), jnp.int32(user))
+            own, upload, weight, info, _ = self.client(key_of_user, shared, mine, own, user, round_)
             for kept, new in zip(jax.tree.leaves(clients), jax.tree.leaves(own), strict=True):
                 kept[user] = new
             sent.append(upload)

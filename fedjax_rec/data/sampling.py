@@ -156,12 +156,12 @@ def _permuted(key: PRNGKey, count: UInt32[Array, ""], size: Sizes, steps: Int[Ar
     safe = jnp.maximum(count, 1)
     if size.steps == 1:  # one step sees the whole epoch: its order does not matter
         return jnp.minimum(place, safe - 1).astype(jnp.int32), mask, epoch
-    choice, shift = jax.random.split(key)
-    pick = jax.random.randint(choice, (epochs,), 0, len(PRIMES))
+    choice, shift = jax.random.bits(key, (2, epochs), jnp.uint32)
+    pick = choice % len(PRIMES)
     prime, other = jnp.asarray(PRIMES)[pick], jnp.asarray(PRIMES)[(pick + 1) % len(PRIMES)]
     # two different primes of this size cannot both divide a number below 2**20
     factor = (jnp.where(safe % prime == 0, other, prime) % safe)[epoch]
-    offset = (jax.random.randint(shift, (epochs,), 0, MAX_SAMPLES).astype(jnp.uint32) % safe)[epoch]
+    offset = (shift % safe)[epoch]
     base = (_product_mod(factor, start, safe, size.epoch) + offset) % safe
     largest = size.epoch * (size.batch + 1)
     if largest < 2**32:
@@ -262,7 +262,7 @@ def _place_of_negative(key, index, epoch, size: Sizes, fresh: int, negatives, sa
     if fresh == 1:
         return index
     if sampling.draw == "stratified" and size.draws <= MAX_STRATA:
-        shift = jax.random.randint(key, (size.draws // fresh,), 0, fresh)
+        shift = (jax.random.bits(key, (size.draws // fresh,), jnp.uint32) % fresh).astype(jnp.int32)
         return index * fresh + (shift[index] + epoch[:, None]) % fresh
     # independent draws were sorted: deal them out again by a random permutation of all of them
     order = jax.random.uniform(key, (size.draws,))
