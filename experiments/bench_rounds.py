@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import app, flags
 
 from fedjax_rec import benchmark, run

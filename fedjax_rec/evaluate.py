@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fedjax_rec.data.clients import padded_rows, row_offsets
-from fedjax_rec.data.sampling import Record, Sizes, draw_positions, epoch_steps
+from fedjax_rec.data.sampling import Record, Sizes, epoch_steps
 from fedjax_rec.data.splits import Pairs, Split
 from fedjax_rec.method import LocalData
 from fedjax_rec.protocols import HONEST, Protocol
@@ -162,7 +162,7 @@ def _method_scorer(engine: Engine, replicated, sharded, slot, record: Record, si
 def rank_of(
     scores: Float[Array, "items"], targets: Int[Array, "targets"], allowed: Array | None = None
 ) -> Float[Array, "targets"]:
-    """1 + (strictly greater) + (other ties) / 2 of each target among items whose score is above -inf.
+    """1 + (strictly greater) + (ties) / 2 of each target, counted over the other items whose score is above -inf.
 
     Padding targets (>= items) get NaN. `allowed`, if given, is a mask of the items that compete.
     """
@@ -173,7 +173,7 @@ def rank_of(
     def one(target):
         own = scores.at[target].get(mode="fill", fill_value=jnp.nan)
         greater = ((scores > own) & competing).sum()
-        ties = ((scores == own) & competing).sum() - 1
+        ties = ((scores == own) & competing).at[target].set(False, mode="drop").sum()
         return jnp.where(jnp.isnan(own), jnp.nan, 1.0 + greater + 0.5 * ties)
 
     return jax.lax.map(one, targets) if targets.shape[0] > 1 else one(targets[0])[None]
@@ -213,16 +213,17 @@ def _rank_device(evaluator: Evaluator, scorer, replicated, sharded, cohort, buck
         scores = scorer(engine, replicated, sharded, slot, record, size, steps)
         real = record.user < spec.num_users
         bad = ((~jnp.isfinite(scores)).sum() * real).astype(jnp.int32)
-        scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+        # -inf is for items that do not compete: what has no usable score competes, and comes last
+        scores = jnp.maximum(jnp.where(jnp.isnan(scores), -jnp.inf, scores), jnp.finfo(scores.dtype).min)
         scores = scores.at[record.history].set(-jnp.inf, mode="drop")
         allowed = candidates or (None, None)
         at_valid = at_test = scores
         if candidates is None and protocol.mask_valid_at_test:
             at_test = scores.at[valid_items].set(-jnp.inf, mode="drop")
         if evaluator.sampled:
-            drawn = _sampled_items(record, known_items, spec.num_items)
-            among = jnp.zeros(spec.num_items, bool).at[drawn].set(True, mode="drop")
-            allowed = tuple(among.at[items].set(True, mode="drop") for items in (valid_items, test_items))
+            among = tuple(_sampled_items(record.user, known_items, spec.num_items, mask) for mask in allowed)
+            wanted = (valid_items, test_items)
+            allowed = tuple(a.at[w].set(True, mode="drop") for a, w in zip(among, wanted, strict=True))
         if allowed[1] is not None:
             at_test = jnp.where(allowed[1], at_test, -jnp.inf)
             at_valid = jnp.where(allowed[0], at_valid, -jnp.inf)
@@ -265,14 +266,13 @@ def _rank_device(evaluator: Evaluator, scorer, replicated, sharded, cohort, buck
     return valid, test, jax.lax.psum(recommended, AXIS), jax.lax.psum(bad, AXIS)
 
 
-def _sampled_items(record: Record, known: Int[Array, "known"], num_items: int) -> Int[Array, "99"]:
-    """99 items outside all of a user's items, fixed for the run: stratified draws from (user) alone.
-
-    Distinct where the user leaves at least 99 items; fewer otherwise.
-    """
-    everything = record._replace(forbidden=known, num_forbidden=(known < num_items).sum())
-    key = jax.random.fold_in(jax.random.key(SAMPLED_NEGATIVES), record.user)
-    free = num_items - everything.num_forbidden
-    count = jnp.minimum(SAMPLED_NEGATIVES, free)
-    drawn = draw_positions(key, everything, count, SAMPLED_NEGATIVES, num_items, "stratified")
-    return jnp.where(jnp.arange(SAMPLED_NEGATIVES) < count, drawn, num_items)
+def _sampled_items(
+    user: Int[Array, ""], known: Int[Array, "known"], num_items: int, allowed: Bool[Array, "items"] | None
+) -> Bool[Array, "items"]:
+    """Mask of 99 items outside all of a user's items (fewer where fewer are allowed), fixed by the user alone."""
+    key = jax.random.fold_in(jax.random.key(SAMPLED_NEGATIVES), user)
+    order = jax.random.uniform(key, (num_items,)).at[known].set(-1.0, mode="drop")
+    if allowed is not None:
+        order = jnp.where(allowed, order, -1.0)
+    value, drawn = jax.lax.top_k(order, min(SAMPLED_NEGATIVES, num_items))
+    return jnp.zeros(num_items, bool).at[drawn].set(value >= 0)
