@@ -140,7 +140,7 @@ def local_sgd(
         loss: objective of one batch.
         rates: learning rate of each role that trains.
         optimizer: a name in OPTIMIZERS, made anew every round.
-        clip_norm: clips the global norm of each step's gradient (all roles together), if given.
+        clip_norm: clips the global norm of each step's gradient (all roles that train together), if given.
     """
     if optimizer == "sgd" and clip_norm is None:
         step = sgd_step(loss, rates)
@@ -148,7 +148,8 @@ def local_sgd(
 
     transform = by_role({role: OPTIMIZERS[optimizer](rate) for role, rate in rates.items()})
     if clip_norm is not None:
-        transform = optax.chain(optax.clip_by_global_norm(clip_norm), transform)
+        only_moving = by_role({role: optax.identity() for role in rates})
+        transform = optax.chain(only_moving, optax.clip_by_global_norm(clip_norm), transform)
     init, step = optax_step(on_tables(loss), transform)
 
     def train(params, data):

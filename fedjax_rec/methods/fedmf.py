@@ -24,13 +24,20 @@ from fedjax_rec.backbones.mf import matrix_factorisation
 from fedjax_rec.method import Method
 from fedjax_rec.roles import binary_cross_entropy, local_sgd
 from fedjax_rec.sharing import LocalConfig, item_table, sharing_method
+from fedjax_rec.validate import positive
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(LocalConfig):
-    """Attributes: user_bias: adds b_u to every score of a user. Others: see LocalConfig."""
+    """Attributes: user_bias: adds b_u to every score of a user. user_init_std: standard deviation of user vectors at
+    the start. Others: see LocalConfig."""
 
     user_bias: bool = True
+    user_init_std: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        positive("user_init_std", self.user_init_std, zero_allowed=True)
 
 
 PRESETS = {
@@ -42,7 +49,7 @@ PRESETS = {
 
 def fedmf(config: Config, num_users: int, num_items: int, name: str = "fedmf") -> Method:
     """Federated matrix factorisation; see the module docstring."""
-    backbone = matrix_factorisation(config.dim, bias=config.user_bias, init_std=config.init_std)
+    backbone = matrix_factorisation(config.dim, bias=config.user_bias, init_std=config.user_init_std)
 
     def loss(params, vectors, batch):
         return binary_cross_entropy(backbone.predict(params, vectors["item"]), batch)

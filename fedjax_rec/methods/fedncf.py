@@ -24,22 +24,25 @@ from fedjax_rec.validate import one_of, positive
 @dataclasses.dataclass(frozen=True)
 class Config(LocalConfig):
     """Attributes: layers: widths of the tower after its 2 dim inputs. branches: `mlp` or `neumf`.
-    network_lr_scale: rate of the network relative to lr. Others: see LocalConfig."""
+    network_lr_scale: rate of the network relative to lr. user_init_std: standard deviation of user vectors at the
+    start. Others: see LocalConfig."""
 
     layers: tuple[int, ...] = (64, 32, 16)
     branches: str = "neumf"
     network_lr_scale: float = 1.0
+    user_init_std: float = 0.1
 
     def __post_init__(self):
         super().__post_init__()
         one_of("branches", self.branches, ("mlp", "neumf"))
         positive("network_lr_scale", self.network_lr_scale)
+        positive("user_init_std", self.user_init_std, zero_allowed=True)
         positive("layers", len(self.layers))
 
 
 def fedncf(config: Config, num_users: int, num_items: int, name: str = "fedncf") -> Method:
     """FedNCF; see the module docstring."""
-    backbone = neural_cf(config.dim, layers=config.layers, gmf=config.branches == "neumf", init_std=config.init_std)
+    backbone = neural_cf(config.dim, layers=config.layers, gmf=config.branches == "neumf", init_std=config.user_init_std)
 
     def loss(params, vectors, batch):
         return binary_cross_entropy(backbone.predict(params, vectors["item"]), batch)

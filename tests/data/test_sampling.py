@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -69,17 +70,17 @@ def test_ranks_become_positions_as_in_a_slow_loop(pool, most):
         np.testing.assert_array_equal(position[:q], free[rank[:q]])
 
 
-@pytest.mark.parametrize("pool", [2**20 - 1, 1_300_000, 2**24 - 3])
-@pytest.mark.parametrize("most", [5, 5000, sampling.MAX_STRATA])
-@pytest.mark.parametrize("forbidden", [0, 3, 3000])
+@pytest.mark.parametrize("pool", [1_300_000, 2**24 - 3])
+@pytest.mark.parametrize("most", [5, sampling.MAX_STRATA])
+@pytest.mark.parametrize("forbidden", [0, 3000])
 def test_big_pools(pool, most, forbidden):
     """No 32-bit overflow, no float error: up to 16 million items and the most strata there can be."""
     rng = np.random.default_rng(0)
     # the ends and neighbours are the hard places
-    f = np.unique(np.concatenate([[0, 1, pool - 1][:forbidden], some(rng, pool, max(forbidden - 3, 0))])).astype(int)
-    free = np.setdiff1d(np.arange(pool), f)
+    f = np.unique(np.append([0, 1, pool - 1], rng.integers(0, pool, forbidden))) if forbidden else []
+    free = np.delete(np.arange(pool), np.asarray(f, int))
     for q in {most, max(most // 3, 1)}:
-        one = jax.tree.map(lambda x: x[None], record(f, width=3000, num_items=pool))
+        one = jax.tree.map(lambda x: x[None], record(f, width=3003, num_items=pool))
         ranks, positions = ranks_and_positions(
             jax.random.split(jax.random.key(q), 1), one, jnp.array([q]), most=most, pool=pool
         )
@@ -137,7 +138,7 @@ def test_too_many_strata_fall_back_to_independent_draws():
     position = np.asarray(draw_positions(jax.random.key(0), record(forbidden, num_items=pool), jnp.int32(most), most,
                                          pool, "stratified"))  # fmt: skip
     assert (np.diff(position) >= 0).all()
-    assert 0 <= position[0] and position[-1] < pool
+    assert position[0] >= 0 and position[-1] < pool
     assert not np.isin(position, forbidden).any()
 
 
@@ -169,8 +170,8 @@ def order_of(key, count: int, negatives: int, batch: int, width: int, epochs: in
 
 @pytest.mark.parametrize(
     ("width", "negatives", "batch"),
-    [(4, 0, 3), (4, 1, 1), (64, 4, 7), (64, 4, 256), (64, 4, 0), (500, 4, 64), (13107, 4, 1024), (13108, 4, 1024),
-     (20000, 4, 256), (20000, 4, 99999), (200_000, 4, 4096), (2**18, 3, 4095), (2**18, 3, 2**16)],
+    [(4, 1, 1), (64, 4, 7), (64, 4, 0), (13107, 4, 1024), (13108, 4, 1024), (20000, 4, 99999), (2**18, 3, 4095),
+     (2**18, 3, 2**16)],
 )  # fmt: skip
 def test_every_sample_comes_exactly_once_an_epoch(width, negatives, batch):
     """Also beyond 2**16 samples, where the product mod s is taken in two halves, and up to MAX_SAMPLES."""
@@ -206,18 +207,20 @@ def test_epochs_are_ordered_anew():
 # ---- one client's data -------------------------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnames=("how", "size", "num_items"))
+def draw(key, client, steps, pool, *, how, size, num_items):
+    return draw_local_data(key, client, how, size, num_items, pool, steps, jnp.int32(2))
+
+
 def local(history, how: Sampling, *, forbidden=None, pool=None, width=None, num_items=ITEMS, seed=0, all_rows=False):
-    """(LocalData, Sizes); the block's longest client has 3 more positives than this one, if they fit."""
+    """(LocalData on the host, Sizes); the block's longest client has 3 more positives than this one, if they fit."""
     pool_size = num_items if pool is None else len(pool)
     client = record(history, forbidden, width=width, num_items=num_items, pool_size=pool_size)
     size = sizes(how, client.history.shape[0], num_items, all_rows=all_rows)
     steps = epoch_steps(how, size, jnp.int32(min(len(history) + 3, size.history)))
-    draw = jax.jit(
-        lambda key, client, steps: draw_local_data(
-            key, client, how, size, num_items, None if pool is None else jnp.asarray(pool), steps, jnp.int32(2)
-        )
-    )
-    return jax.tree.map(np.asarray, draw(jax.random.key(seed), client, steps)), size
+    places = None if pool is None else jnp.asarray(pool)
+    data = draw(jax.random.key(seed), client, steps, places, how=how, size=size, num_items=num_items)
+    return SimpleNamespace(**{name: np.asarray(value) for name, value in vars(data).items()}), size
 
 
 def epochs_of(data, how: Sampling):
@@ -238,7 +241,7 @@ MODES = [
     Sampling(negatives, batch, epochs, redraw, draw)
     for draw in ("stratified", "independent")
     for redraw in ("round", "epoch")
-    for negatives, batch, epochs in ((3, 4, 1), (3, 4, 3), (2, 0, 2), (1, 1000, 2))
+    for negatives, batch, epochs in ((3, 4, 3), (2, 0, 2))
 ]
 
 
@@ -267,11 +270,11 @@ def test_every_epoch_has_each_positive_once_and_its_negatives(how, layout):
 
 @pytest.mark.parametrize("how", MODES, ids=str)
 def test_rows_are_distinct_and_cover_exactly_what_is_used(how):
-    data, size = local(HISTORY, how, width=16, num_items=200)
+    data, size = local(HISTORY, how, width=16, num_items=1000)
     assert not size.dense and data.rows.shape == (size.rows,)
     real = data.rows[data.row_mask]
     assert len(np.unique(real)) == len(real)
-    assert (data.rows[~data.row_mask] == 200).all() and (real < 200).all()
+    assert (data.rows[~data.row_mask] == 1000).all() and (real < 1000).all()
     np.testing.assert_array_equal(data.rows[data.history[data.history_mask]], HISTORY)
     assert data.history_mask.sum() == len(HISTORY)
     assert not data.history[~data.history_mask].any()
@@ -323,7 +326,7 @@ def test_hardly_anything_to_draw(draw, redraw, free):
 @pytest.mark.parametrize("how", MODES, ids=str)
 @pytest.mark.parametrize("num_items", [20, 1000])
 def test_a_client_without_history(how, num_items):
-    data, _ = local([], how, width=8, num_items=num_items)
+    data, _ = local([], how, width=16, num_items=num_items)
     assert data.num_samples == 0
     assert not data.mask.any() and not data.label.any() and not data.history_mask.any()
     assert data.num_steps >= how.local_epochs

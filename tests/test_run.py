@@ -1,0 +1,605 @@
+"""Runs: the same result whether interrupted or not, selection on validation only, and results that add up."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedjax_rec import metrics, run
+from fedjax_rec.checkpoint import Checkpoints
+from fedjax_rec.data import clients, splits, synthetic
+from fedjax_rec.methods import METHODS
+from fedjax_rec.protocols import HONEST, PUBLISHED
+from fedjax_rec.rounds import make_engine
+from fedjax_rec.run import RunConfig
+from fedjax_rec.workdir import UsageError
+
+ROOT = Path(__file__).resolve().parents[1]
+USERS, ITEMS = 30, 70
+SETTINGS = {"dim": 4, "batch_size": 16, "negatives": 2, "init_std": 0.3, "item_lr_scale": 1.0}
+BASE = RunConfig(
+    settings=SETTINGS,
+    rounds=6,
+    eval_every=2,
+    checkpoint_every=2,
+    ks=(5, 10),
+    max_buckets=1,
+    devices=1,
+)
+STUCK = {**SETTINGS, "lr": 1e-30}  # nothing moves, so every round is equally good
+
+
+def config(**changes) -> RunConfig:
+    settings = {**BASE.settings, **changes.pop("settings", {})}
+    return dataclasses.replace(BASE, settings=settings, **changes)
+
+
+@functools.cache
+def made() -> synthetic.Synthetic:
+    return synthetic.make(USERS, ITEMS, min_history=5, median_history=8, max_history=20, late_users=0.3)
+
+
+@functools.cache
+def data() -> tuple:
+    return made().interactions, splits.leave_one_out(made().interactions), made().features
+
+
+prepare = run.prepare
+
+
+@functools.cache
+def prepared(json_of_layout: str, split: splits.Split) -> run.Experiment:
+    layout = {**json.loads(json_of_layout), "ks": BASE.ks}
+    interactions, _, features = data()
+    return prepare(RunConfig(**layout), (interactions, split, features))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_once():
+    """Runs that differ only in their loop share their compiled functions, and all read the same data."""
+    only_loop = ("rounds", "eval_every", "ks", "select_metric", "patience", "checkpoint_every", "clients_per_round")
+
+    def shared(config, given=None):
+        layout = {k: v for k, v in dataclasses.asdict(config).items() if k not in only_loop}
+        _, split, _ = given or data()
+        return dataclasses.replace(prepared(json.dumps(layout, sort_keys=True), split), config=config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "prepare", shared)
+        yield
+
+
+@pytest.fixture
+def no_references(monkeypatch):
+    monkeypatch.setattr(run, "reference_results", lambda ready, rounds: {})
+
+
+def untimed(value):
+    """Without what may differ between equal runs."""
+    if isinstance(value, dict):
+        return {k: untimed(v) for k, v in value.items() if k not in ("seconds", "peak_memory_bytes")}
+    return value
+
+
+def results(folder: Path) -> tuple[list[str], str, dict]:
+    """metrics.jsonl and summary.json as text, which tells every bit of a number and NaN from NaN."""
+    lines = [json.dumps(untimed(json.loads(line))) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    summary = json.dumps(untimed(json.loads((folder / "summary.json").read_text())), indent=1)
+    return lines, summary, dict(np.load(folder / "per_client.npz"))
+
+
+def assert_same_results(a: Path, b: Path):
+    (lines, summary, table), (other_lines, other_summary, other_table) = results(a), results(b)
+    assert lines == other_lines
+    assert summary == other_summary
+    assert table.keys() == other_table.keys()
+    for name in table:
+        np.testing.assert_array_equal(table[name], other_table[name], err_msg=name)
+
+
+def stop_after(monkeypatch, rounds: int):
+    """The next run receives its signal in that round."""
+
+    class Stop:
+        asked = 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            pass
+
+        @property
+        def received(self):
+            self.asked += 1
+            return self.asked >= rounds
+
+    monkeypatch.setattr(run, "StopSignal", Stop)
+
+
+def rounds_logged(folder: Path) -> list[int]:
+    return [json.loads(line)["round"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpointed(folder: Path) -> int | None:
+    with Checkpoints(folder / "checkpoints") as held:
+        return held.latest
+
+
+# ---- interrupted runs ----------------------------------------------------------------------------------------
+
+INTERRUPTED = {
+    "partial cohorts": config(clients_per_round=0.4),
+    "server state": config(method="fedncf", settings={"server_optimizer": "adam", "server_lr": 0.05, "layers": (4,)}),
+    "own tables": config(method="fedrap", clients_per_round=7, checkpoint_every=0),
+}
+
+
+@pytest.mark.parametrize("case", INTERRUPTED)
+def test_stopped_and_started_again_equals_uninterrupted(case, tmp_path, monkeypatch):
+    chosen = INTERRUPTED[case]
+    if case != "partial cohorts":  # the rankers need their time once only
+        monkeypatch.setattr(run, "reference_results", lambda ready, rounds: {})
+    run.train(chosen, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        summary = run.train(chosen, tmp_path / "parts")
+    assert summary["status"] == run.STOPPED
+    assert checkpointed(tmp_path / "parts") == 3
+    assert not (tmp_path / "parts" / "summary.json").exists()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        run.train(chosen, tmp_path / "parts")
+    assert run.train(chosen, tmp_path / "parts")["status"] == "done"
+    assert_same_results(tmp_path / "whole", tmp_path / "parts")
+
+
+def crash_at(monkeypatch, round_: int):
+    """The next run dies when this round is logged, as under kill -9: nothing is saved any more."""
+    append = run.MetricsLog.append
+
+    def dying(self, line):
+        append(self, line)
+        if line["round"] == round_:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.MetricsLog, "append", dying)
+
+
+@pytest.mark.usefixtures("no_references")
+@pytest.mark.parametrize("cut", [0, 1, 40])
+def test_rounds_after_the_last_checkpoint_are_run_again(tmp_path, monkeypatch, cut):
+    run.train(config(), tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        crash_at(patch, 5)
+        run.train(config(), tmp_path / "parts")
+    assert checkpointed(tmp_path / "parts") == 4
+    assert rounds_logged(tmp_path / "parts") == [1, 2, 3, 4, 5]
+    path = tmp_path / "parts" / "metrics.jsonl"
+    os.truncate(path, path.stat().st_size - cut)
+    run.train(config(), tmp_path / "parts")
+    assert_same_results(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.usefixtures("no_references")
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path, monkeypatch):
+    run.train(config(), tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        crash_at(patch, 1)
+        run.train(config(), tmp_path / "parts")
+    run.train(config(), tmp_path / "parts")
+    assert_same_results(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.usefixtures("no_references")
+def test_a_finished_run_started_again_only_repeats_its_results(tmp_path):
+    first = run.train(config(), tmp_path)
+    before = results(tmp_path)
+    again = run.train(config(), tmp_path)
+    assert json.dumps(untimed(first)) == json.dumps(untimed(again))
+    assert results(tmp_path)[:2] == before[:2]
+
+
+@pytest.mark.usefixtures("no_references")
+def test_a_workdir_changes_no_result(tmp_path):
+    with_workdir, without = run.train(config(), tmp_path), run.train(config())
+    assert json.dumps(untimed(with_workdir)) == json.dumps(untimed(without))
+
+
+@pytest.mark.usefixtures("no_references")
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"seed": 1}, "seed: 0 there, 1 given"), ({"settings": {"lr": 0.2}}, "0.2"), ({"block_size": 2}, "block_size")],
+    ids=str,
+)
+def test_a_workdir_of_another_run_is_refused_naming_the_difference(tmp_path, change, named):
+    run.train(config(rounds=1), tmp_path)
+    before = results(tmp_path)[:2]
+    with pytest.raises(UsageError, match=named):
+        run.train(config(rounds=1, **change), tmp_path)
+    assert results(tmp_path)[:2] == before
+
+
+# ---- a real process, killed ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> dict[str, Path]:
+    """Workdirs of one configuration: `whole`, and `killed` in the middle, its last line torn, and started again."""
+    folder = tmp_path_factory.mktemp("killed")
+    rows = made().interactions
+    with (folder / "tiny.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["user", "item", "timestamp"])
+        writer.writerows(zip(rows.user, rows.item, rows.time, strict=True))
+    command = [
+        *(sys.executable, str(ROOT / "launch.py"), f"--dataset={folder / 'tiny.csv'}", "--rounds=300"),
+        *("--set=dim=4", "--set=batch_size=16", "--k=5,10", "--eval_every=20", "--checkpoint_every=10"),
+        *("--clients_per_round=0.5", "--max_buckets=1", "--cpu_devices=1", "--noprogress", "--noplots"),
+        *(f"--data_dir={folder}", f"--compile_cache={folder / 'cache'}"),
+    ]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+    def start(name):
+        return subprocess.Popen(
+            [*command, f"--workdir={folder / name}"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    def finish(name):
+        process = start(name)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output.decode()
+
+    finish("whole")
+    process = start("killed")
+    log = folder / "killed" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 25):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
+    assert not (folder / "killed" / "summary.json").exists()
+    with log.open("a") as file:  # half of the next line
+        file.write(log.read_text().splitlines()[-1][:30])
+    finish("killed")
+    return {name: folder / name for name in ("whole", "killed")}
+
+
+def test_kill_and_resume_equals_uninterrupted(killed):
+    assert rounds_logged(killed["whole"]) == list(range(1, 301))
+    assert_same_results(killed["whole"], killed["killed"])
+
+
+# ---- stopping ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_references")
+def test_a_loss_that_is_not_finite_stops_naming_the_round_and_keeps_the_checkpoint(tmp_path):
+    exploding = config(settings={"lr": 1e25, "batch_size": 0}, checkpoint_every=1, eval_every=6)
+    with pytest.raises(FloatingPointError, match="after round 2"):
+        run.train(exploding, tmp_path)
+    assert checkpointed(tmp_path) == 1
+    assert rounds_logged(tmp_path) == [1]
+    assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.usefixtures("no_references")
+def test_scores_that_are_not_finite_stop_before_they_are_ranked(tmp_path):
+    with pytest.raises(FloatingPointError, match="scores are not finite after round 1"):
+        run.train(config(settings={"lr": 1e25, "batch_size": 0}, eval_every=1), tmp_path)
+
+
+@pytest.mark.usefixtures("no_references")
+def test_patience_stops_after_so_many_rounds_without_improvement(tmp_path):
+    stuck = config(settings=STUCK, rounds=50, patience=4)
+    summary = run.train(stuck, tmp_path)
+    assert (summary["status"], summary["best_round"], summary["rounds"]) == ("done", 2, 6)
+    assert rounds_logged(tmp_path) == [1, 2, 3, 4, 5, 6]
+    again = run.train(stuck, tmp_path)  # it has had its patience
+    assert json.dumps(untimed(again)) == json.dumps(untimed(summary))
+
+
+# ---- selection -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_references")
+@pytest.mark.parametrize(("protocol", "best"), [("honest", 2), ("published", 6)])
+def test_of_equally_good_rounds_the_protocol_names_one(protocol, best):
+    assert {"honest": HONEST, "published": PUBLISHED["fedmf"]}[protocol].keep == ("first" if best == 2 else "last")
+    summary = run.train(config(settings=STUCK, protocol=protocol))
+    assert summary["best_round"] == best
+    assert bool(summary["leaks"]) == (protocol == "published")
+
+
+def test_better_is_strict_only_for_first():
+    best = run.Best(4, 0.5, None)
+    last = PUBLISHED["fedmf"]
+    assert run.better(HONEST, 0.1, None) and run.better(last, 0.1, None)
+    assert not run.better(HONEST, 0.5, best) and run.better(last, 0.5, best)
+    for protocol in (HONEST, last):
+        assert run.better(protocol, 0.6, best) and not run.better(protocol, 0.4, best)
+
+
+@pytest.mark.usefixtures("no_references")
+def test_the_selected_round_is_the_best_on_validation(tmp_path):
+    summary = run.train(config(rounds=12, eval_every=1), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    values = [line["valid"]["NDCG@10"] for line in lines]
+    assert len(set(values)) > 3
+    assert summary["best_round"] == 1 + int(np.argmax(values))
+    chosen = lines[summary["best_round"] - 1]
+    for part in ("valid", "test"):  # and what is reported of it is what was measured then
+        assert {k: summary[part][k] for k in chosen[part]} == chosen[part]
+
+
+@pytest.mark.usefixtures("no_references")
+def test_test_items_influence_neither_training_nor_selection(tmp_path):
+    """Every user's test item is exchanged for another; only test metrics may change."""
+    interactions, split, features = data()
+    rng = np.random.default_rng(0)
+    taken = {(u, i) for part in (split.train, split.valid, split.test) for u, i in zip(*part, strict=True)}
+    free = [rng.permutation([i for i in range(ITEMS) if (u, i) not in taken]) for u in range(USERS)]
+    other = splits.Pairs(split.test.user, np.array([f[0] for f in free], np.int32)[split.test.user])
+    chosen = config(rounds=8, eval_every=1)
+    first = run.train(chosen, tmp_path / "a")
+    second = run.train(chosen, tmp_path / "b", data=(interactions, dataclasses.replace(split, test=other), features))
+    assert first["best_round"] == second["best_round"]
+    assert first["valid"] == second["valid"]
+    assert first["test"] != second["test"]
+    strip = lambda line: {k: v for k, v in untimed(json.loads(line)).items() if k != "test"}
+    a, b = ([strip(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in "ab")
+    assert a == b
+
+
+@pytest.mark.usefixtures("no_references")
+def test_evaluation_happens_when_due_and_in_the_last_round(tmp_path):
+    run.train(config(rounds=5, eval_every=3), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines if "valid" in line] == [3, 5]
+    assert all(("test" in line) == ("valid" in line) for line in lines)
+
+
+# ---- cohorts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "size"), [(0, 40), (1.0, 40), (0.5, 20), (7, 7), (40, 40), (0.001, 1)])
+def test_cohort_size_from_number_or_share(given, size):
+    assert run.cohort_size(given, 40) == size
+
+
+def test_impossible_cohorts_are_refused():
+    with pytest.raises(UsageError, match="41: the data set has 40 users"):
+        run.cohort_size(41, 40)
+    with pytest.raises(ValueError, match=r"clients_per_round=2\.5"):
+        RunConfig(clients_per_round=2.5)
+    with pytest.raises(ValueError, match="clients_per_round=-1"):
+        RunConfig(clients_per_round=-1)
+
+
+@pytest.mark.usefixtures("no_references")
+@pytest.mark.parametrize(("given", "size"), [(0.3, 9), (11, 11), (0, USERS)])
+def test_so_many_clients_take_part(tmp_path, given, size):
+    run.train(config(clients_per_round=given, rounds=2), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["clients"] for line in lines] == [size, size]
+
+
+def test_cohorts_are_distinct_users_drawn_anew_each_round_from_the_seed():
+    ready = run.prepare(config(clients_per_round=9))
+    drawn = [ready.cohort_users(round_) for round_ in range(20)]
+    assert all(len(set(users)) == 9 and set(users) <= set(range(USERS)) for users in drawn)
+    assert len({tuple(users) for users in drawn}) == 20
+    assert set(np.concatenate(drawn)) == set(range(USERS))
+    np.testing.assert_array_equal(ready.cohort_users(3), drawn[3])
+    other = run.prepare(config(clients_per_round=9, seed=1))
+    assert (other.cohort_users(0) != drawn[0]).any()
+
+
+# ---- what a run says -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    run.train(config(rounds=4), folder, data=data())
+    return folder
+
+
+def summary_of(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_the_workdir_holds_the_promised_files(finished):
+    assert {p.name for p in finished.iterdir()} >= {
+        *("config.json", "metrics.jsonl", "summary.json", "per_client.npz", "checkpoints")
+    }
+
+
+def test_the_summary_has_all_promised_keys(finished):
+    summary = summary_of(finished)
+    promised = (
+        "method backbone dataset counts protocol split seed rounds best_round valid test test_seen test_unseen "
+        "reference_rankers seconds bytes peak_memory_bytes versions device"
+    )
+    assert set(promised.split()) <= summary.keys()
+    assert {"compile", "train_round_median", "eval_median", "total"} <= summary["seconds"].keys()
+    assert {"up", "down"} <= summary["bytes"].keys()
+    names = ["random", "popularity", "unseen_first", "least_sampled", "content_profile"]
+    assert sorted(summary["reference_rankers"]) == sorted(names)
+    for said in (summary, *summary["reference_rankers"].values()):
+        for part in ("valid", "test", "test_seen", "test_unseen"):
+            expected = {f"{name}@{k}" for name in ("HR", "Recall", "Precision", "NDCG") for k in BASE.ks}
+            assert {*expected, "MRR", "clients"} <= said[part].keys()
+
+
+def test_fractions_lie_between_zero_and_one(finished):
+    summary = summary_of(finished)
+    for said in (summary, *summary["reference_rankers"].values()):
+        for part in ("valid", "test", "test_seen", "test_unseen"):
+            for name, value in said[part].items():
+                if name.startswith(("HR", "Recall", "Precision", "NDCG", "MRR", "Coverage")):
+                    assert 0 <= value <= 1, (part, name)
+
+
+def test_per_client_results_average_to_the_summary(finished):
+    summary, table = summary_of(finished), np.load(finished / "per_client.npz")
+    for name in metrics.per_client(np.ones((1, 1)), BASE.ks):
+        # float32 values, summed in another order
+        np.testing.assert_allclose(np.nanmean(table[name]), summary["test"][name], rtol=1e-6, err_msg=name)
+    again = metrics.summarise(table["valid_rank"], BASE.ks)
+    assert again == summary["valid"]
+
+
+def test_per_client_rows_are_the_users_of_the_data(finished):
+    interactions, split, _ = data()
+    table = np.load(finished / "per_client.npz")
+    np.testing.assert_array_equal(table["user_id"], interactions.user_ids.astype(str))
+    popularity = np.bincount(split.train.item, minlength=ITEMS)
+    for user in range(USERS):
+        mine = split.train.item[split.train.user == user]
+        target = split.test.item[split.test.user == user]
+        assert table["train_items"][user] == len(mine)
+        np.testing.assert_allclose(table["mean_popularity"][user], popularity[mine].mean(), rtol=1e-12)
+        np.testing.assert_array_equal(table["test_item"][user], interactions.item_ids[target].astype(str))
+        np.testing.assert_array_equal(table["test_seen"][user], popularity[target] > 0)
+
+
+def test_targets_unseen_in_training_are_reported_apart(finished):
+    summary, (_, split, _) = summary_of(finished), data()
+    unseen = int((np.bincount(split.train.item, minlength=ITEMS)[split.test.item] == 0).sum())
+    assert 0 < unseen < USERS
+    assert summary["test_unseen"]["clients"] == unseen
+    assert summary["test_seen"]["clients"] == USERS - unseen
+    for name in ("HR@10", "NDCG@5", "MRR"):
+        whole = summary["test"][name] * USERS
+        parts = summary["test_seen"][name] * (USERS - unseen) + summary["test_unseen"][name] * unseen
+        np.testing.assert_allclose(parts, whole, rtol=1e-6)  # float32 means
+    # the ranker that puts items without training interactions first finds those, and only those, on top
+    first = summary["reference_rankers"]["unseen_first"]
+    assert first["test_unseen"]["MRR"] > first["test_seen"]["MRR"]
+
+
+def test_counts_describe_the_data(finished):
+    counts, interactions = summary_of(finished)["counts"], data()[0]
+    assert (counts["users"], counts["items"], counts["pairs"]) == (USERS, ITEMS, len(interactions))
+    assert counts["train"] + counts["valid"] + counts["test"] == len(interactions)
+    assert 0 <= counts["padding_fraction"] < 1
+
+
+# ---- evaluating a checkpoint ---------------------------------------------------------------------------------
+
+
+def test_evaluating_the_checkpoint_reproduces_its_round(finished):
+    last = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
+    said = run.evaluate(finished)
+    for part in ("valid", "test"):
+        assert {name: said[part][name] for name in last[part]} == last[part]
+    assert said["best_round"] == last["round"] == 4
+    assert json.loads((finished / "evaluation.json").read_text())["valid"] == said["valid"]
+
+
+@pytest.mark.usefixtures("no_references")
+def test_evaluating_otherwise_changes_only_what_was_asked(finished):
+    plain = run.evaluate(finished)
+    more = run.evaluate(finished, ks=(1, 10))
+    assert more["test"]["HR@10"] == plain["test"]["HR@10"] and "HR@1" in more["test"]
+    sampled = run.evaluate(finished, ranking="sampled_99")
+    assert sampled["ranking"] == "sampled_99"
+    assert run.evaluate(finished, eval_clients=5)["test"]["clients"] == 5
+
+
+def test_evaluating_nothing_says_so(tmp_path):
+    with pytest.raises(UsageError, match=r"config\.json does not exist"):
+        run.evaluate(tmp_path)
+
+
+@pytest.mark.usefixtures("no_references")
+def test_evaluating_a_run_without_a_checkpoint_says_so(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        crash_at(patch, 1)
+        run.train(config(), tmp_path)
+    with pytest.raises(UsageError, match="no checkpoint"):
+        run.evaluate(tmp_path)
+
+
+# ---- memory --------------------------------------------------------------------------------------------------
+
+
+def remedy(monkeypatch, engine, have: int) -> str:
+    monkeypatch.setattr(run, "available_bytes", lambda: have)
+    with pytest.raises(UsageError) as error:
+        run.check_memory(engine)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_run_that_fits_passes(monkeypatch):
+    engine = run.prepare(config()).engine
+    need = engine.memory_bytes()
+    for have in (need["total"], None):
+        monkeypatch.setattr(run, "available_bytes", lambda have=have: have)
+        assert run.check_memory(engine) == need
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_a_block_that_does_not_fit_is_answered_with_one_that_does(monkeypatch, share):
+    engine = run.prepare(config()).engine
+    need = engine.memory_bytes()
+    have = int(need["total"] - need["block"] + share * need["block"])
+    said = remedy(monkeypatch, engine, have)
+    block = int(said.split("--block_size=")[1].split()[0])
+    smaller = make_engine(engine.method, engine.clients, block_size=block).memory_bytes()
+    assert smaller["total"] <= have or block == 1
+
+
+def test_tables_that_do_not_fit_are_answered_with_a_width_that_does(monkeypatch):
+    wide = run.prepare(config(settings={"dim": 256}, block_size=1)).engine
+    have = wide.memory_bytes()["total"] // 2
+    said = remedy(monkeypatch, wide, have)
+    dim = int(said.split("dim=")[1].split(",")[0])
+    narrow = METHODS["fedmf"].build(dataclasses.replace(wide.method.config, dim=dim), USERS, ITEMS)
+    assert 0 < dim < 256
+    assert make_engine(narrow, wide.clients, block_size=1).memory_bytes()["total"] <= have
+
+
+# ---- configuration -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"method": "fedfm"}, r"did you mean fedmf\?"),
+        ({"split": "leave_one"}, r"did you mean leave_one_out\?"),
+        ({"protocol": "honset"}, r"did you mean honest\?"),
+        ({"select_metric": "NDCG@7"}, "select_metric='NDCG@7': expected one of"),
+        ({"rounds": 0}, "rounds=0"),
+        ({"eval_every": 0}, "eval_every=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"ks": (0,)}, "ks=0"),
+        ({"patience": -1}, "patience=-1"),
+    ],
+    ids=str,
+)
+def test_impossible_configurations_are_refused_by_name(change, said):
+    with pytest.raises(ValueError, match=said):
+        RunConfig(**change)
+
+
+def test_devices_that_are_not_there_are_refused():
+    with pytest.raises(UsageError, match="devices=99: only 4 are there"):
+        prepare(config(devices=99), data())
+
+
+def test_clients_module_and_run_agree_on_the_default_number_of_buckets():
+    assert RunConfig().max_buckets == clients.MAX_BUCKETS
