@@ -6,6 +6,7 @@ checkpoint saved (start the same command again to go on).
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 
@@ -24,9 +25,7 @@ flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders.")
 flags.DEFINE_string("split", "leave_one_out", "leave_one_out, given or cold_items.")
 flags.DEFINE_integer("split_seed", 0, "Seed of --split=cold_items.")
 flags.DEFINE_string("ties", "later_row", "Which of two equal timestamps is newer: later_row or earlier_row.")
-flags.DEFINE_multi_string(
-    "filter", [], "A data filter: min_user, min_item, user_core, item_core or min_rating=value."
-)
+flags.DEFINE_multi_string("filter", [], "A data filter: min_user, min_item, user_core, item_core or min_rating=value.")
 flags.DEFINE_string("filmtrust_time", "item", "FilmTrust has no time: rank of the item, or position in the user.")
 flags.DEFINE_string("protocol", "honest", "honest, or published (the method's released protocol with its leaks).")
 flags.DEFINE_string("ranking", "full", "full, or sampled_99 (against 99 sampled items).")
@@ -63,18 +62,43 @@ def use_cores() -> None:
     jax.config.update("jax_num_cpu_devices", count)
 
 
+def filters_from_flags() -> dict[str, float]:
+    """--filter=name=value, checked."""
+    from fedjax_rec.data.interactions import Filters
+    from fedjax_rec.validate import nearest
+
+    known = [field.name for field in dataclasses.fields(Filters)]
+    filters = {}
+    for name, value in assignments(FLAGS.filter, "filter").items():
+        if name not in known:
+            raise ValueError(f"--filter={name}: expected one of {', '.join(known)}{nearest(name, known)}")
+        kind, expected = (float, "a number") if name == "min_rating" else (int, "a whole number")
+        filters[name] = number(f"--filter={name}", value, kind, expected)
+    return filters
+
+
+def number(name: str, text: str, kind: type, expected: str) -> float:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{name}={text}: expected {expected}") from None
+
+
+def cut_offs() -> tuple[int, ...]:
+    return tuple(number("--k", k, int, "whole numbers, like 10,50") for k in FLAGS.k)
+
+
 def config_from_flags():
     from fedjax_rec.methods import make_config
     from fedjax_rec.run import RunConfig
 
-    filters = {k: float(v) if k == "min_rating" else int(v) for k, v in assignments(FLAGS.filter, "filter").items()}
     settings = assignments(FLAGS.set, "set")
     chosen = make_config(FLAGS.method, settings)
     return RunConfig(
         method=FLAGS.method,
         settings={name: getattr(chosen, name) for name in settings},
-        filters=filters,
-        ks=tuple(int(k) for k in FLAGS.k),
+        filters=filters_from_flags(),
+        ks=cut_offs(),
         **{
             name: FLAGS[name].value
             for name in (
@@ -118,7 +142,10 @@ def main(argv: list[str]) -> int:
 
         if not FLAGS.workdir:
             raise ValueError("--mode=evaluate: expected --workdir of a trained run")
-        given = {"ranking": FLAGS.ranking, "eval_clients": FLAGS.eval_clients, "ks": tuple(int(k) for k in FLAGS.k)}
+        # what is not given on the command line is as in the run
+        given = {name: FLAGS[name].value for name in ("ranking", "eval_clients") if FLAGS[name].present}
+        if FLAGS["k"].present:
+            given["ks"] = cut_offs()
         print(report.table(run.evaluate(FLAGS.workdir, **given)))
         return 0
     return train()
@@ -137,6 +164,8 @@ def command_line() -> int:
     app.define_help_flags()
     try:
         arguments = FLAGS(sys.argv)
+    except SystemExit:  # --help has printed its text, which absl counts as a failure
+        return 0
     except flags.Error as error:
         print(f"launch.py: {error}; --help lists the flags", file=sys.stderr)
         return EXIT_USAGE

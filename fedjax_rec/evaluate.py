@@ -89,7 +89,7 @@ class Evaluator:
         """
         valid, test, recommended, bad = _rank_pass(
             self, scorer, replicated, sharded, cohort or self.engine.everybody, self.engine.buckets, self.targets,
-            self.known, self.candidates,
+            self.known, self.candidates, self.engine.pool,
         )  # fmt: skip
         users = self.engine.clients.num_users
         return Ranks(np.asarray(valid)[:users], np.asarray(test)[:users], np.asarray(recommended), int(bad))
@@ -189,21 +189,22 @@ def _eval_block(engine: Engine, scorer: Scorer, width: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _rank_pass(evaluator: Evaluator, scorer, replicated, sharded, cohort, buckets, targets, known, candidates):
+def _rank_pass(evaluator: Evaluator, scorer, replicated, sharded, cohort, buckets, targets, known, candidates, pool):
     engine = evaluator.engine
     body = functools.partial(_rank_device, evaluator, scorer)
     return jax.shard_map(
         body,
         mesh=engine.mesh,
-        in_specs=(P(), P(AXIS), P(AXIS), P(AXIS), P(AXIS), P(AXIS), P()),
+        in_specs=(P(), P(AXIS), P(AXIS), P(AXIS), P(AXIS), P(AXIS), P(), P()),
         out_specs=(P(AXIS), P(AXIS), P(), P()),
         check_vma=False,
-    )(replicated, sharded, cohort, buckets, targets, known, candidates)
+    )(replicated, sharded, cohort, buckets, targets, known, candidates, pool)
 
 
-def _rank_device(evaluator: Evaluator, scorer, replicated, sharded, cohort, buckets, targets, known, candidates):
+def _rank_device(evaluator: Evaluator, scorer, replicated, sharded, cohort, buckets, targets, known, candidates, pool):
     """One device's clients: ranks by slot, and what their lists hold."""
-    engine, protocol = evaluator.engine, evaluator.protocol
+    # an array on the mesh must come in as an argument: scorers read the pool from the engine
+    engine, protocol = dataclasses.replace(evaluator.engine, pool=pool), evaluator.protocol
     spec, method = engine.clients, engine.method
     slots = spec.users_per_device
     first_user = jax.lax.axis_index(AXIS) * slots

@@ -86,7 +86,8 @@ SERVER_OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = 
 
 
 def item_table(key: PRNGKey, num_items: int, width: int, std: float) -> Float[Array, "items width"]:
-    return std * jax.random.normal(key, (num_items, width))
+    """A table of normal entries; with std 0 of zeros, without drawing any."""
+    return std * jax.random.normal(key, (num_items, width)) if std else jnp.zeros((num_items, width))
 
 
 def sharing_method(

@@ -11,6 +11,10 @@ from typing import Any
 import numpy as np
 
 
+IMMATERIAL = frozenset({"data_dir", "checkpoint_every"})
+"""Settings that may change between two starts of a run: no result depends on them."""
+
+
 class UsageError(ValueError):
     """Bad usage: one line that says what was given, what was expected, what to do."""
 
@@ -49,7 +53,7 @@ def claim(folder: Path, config: Mapping[str, Any]) -> None:
     differing = [
         f"{name}: {held.get(name)!r} there, {given.get(name)!r} given"
         for name in sorted(held.keys() | given.keys())
-        if held.get(name) != given.get(name)
+        if held.get(name) != given.get(name) and name not in IMMATERIAL
     ]
     if differing:
         raise UsageError(

@@ -118,10 +118,10 @@ def candidate_pool(split: Split, pool: NegativePool) -> np.ndarray | None:
 
     Under a cold-item split the held-out items do not exist yet, so only warm items can be negatives.
     """
-    if split.candidates is not None:
-        return np.flatnonzero(split.candidates["train"]).astype(np.int32)
     if pool == "trained_items":
         return np.unique(split.train.item).astype(np.int32)
+    if split.candidates is not None:
+        return np.flatnonzero(split.candidates["train"]).astype(np.int32)
     return None
 
 

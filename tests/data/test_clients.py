@@ -13,12 +13,13 @@ POOLS = list(clients.NEGATIVE_POOLS)
 
 
 def make_split(seed: int = 0, *, cold: bool = False, users: int = USERS) -> Split:
-    """Random disjoint parts; user 4 has no training items, item 0 is trained by nobody, one user has many."""
+    """Random disjoint parts. User 4 trains on nothing, one on 70 items; item 0 nobody trains, item 1 is in no part."""
     rng = np.random.default_rng(seed)
     part = rng.choice(4, (users, ITEMS), p=[0.1, 0.03, 0.03, 0.84])
     part[min(9, users - 1), :70] = 0
     part[4][part[4] == 0] = 3
     part[:, 0][part[:, 0] == 0] = 2
+    part[:, 1] = 3
     candidates = None
     if cold:
         label = np.repeat([0, 1, 2], [50, 10, 20])

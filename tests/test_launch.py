@@ -1,0 +1,263 @@
+"""The command line: what people type, and what they are told when it is wrong."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedjax_rec.data import synthetic
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ("--set=dim=4", "--set=batch_size=16", "--max_buckets=1", "--cpu_devices=1", "--noprogress", "--noplots")
+
+
+@pytest.fixture(scope="module")
+def launch():
+    """launch.py as a module; its flags are defined once."""
+    spec = importlib.util.spec_from_file_location("launch", ROOT / "launch.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def typed(launch, monkeypatch, capsys):
+    """typed(*arguments): (exit code, standard output, standard error) without a process of its own."""
+    monkeypatch.setattr(launch, "use_cores", lambda: None)  # the devices of this process are chosen already
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["launch.py", *map(str, arguments)])
+        code = launch.command_line()
+        return code, *capsys.readouterr()
+
+    yield call
+    for name in launch.FLAGS:
+        launch.FLAGS[name].unparse()
+    launch.FLAGS.unparse_flags()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A data set as a file, tiny.csv; also the folder of compiled programs."""
+    path = tmp_path_factory.mktemp("launch")
+    rows = synthetic.make(30, 60, min_history=5, median_history=8, max_history=20).interactions
+    with (path / "tiny.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["user", "item", "timestamp"])
+        writer.writerows(zip(rows.user, rows.item, rows.time, strict=True))
+    return path
+
+
+def start(folder: Path, *arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        [
+            *(sys.executable, str(ROOT / "launch.py"), f"--dataset={folder / 'tiny.csv'}", f"--data_dir={folder}"),
+            *(*TINY, f"--compile_cache={folder / 'cache'}", *arguments),
+        ],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+# ---- bad usage -----------------------------------------------------------------------------------------------
+
+BAD = {
+    "unknown flag": (["--metod=fedmf"], "method"),
+    "no flag": (["fedmf"], "expected flags only"),
+    "unknown method": (["--method=pfedreq"], "did you mean pfedrec?"),
+    "unknown data set": (["--dataset=filmtrsut"], "did you mean 'filmtrust'?"),
+    "unknown setting": (["--set=item_lr=1"], "did you mean item_lr_scale?"),
+    "unknown split": (["--split=leaveoneout"], "did you mean leave_one_out?"),
+    "unknown protocol": (["--protocol=honst"], "did you mean honest?"),
+    "unknown ranking": (["--ranking=ful"], "did you mean full?"),
+    "unknown mode": (["--mode=test"], "mode"),
+    "unknown filter": (["--filter=min_users=3"], "did you mean min_user?"),
+    "unknown metric": (["--select_metric=NDCG@7"], "NDCG@7"),
+    "setting of another type": (["--set=dim=wide"], "--set dim=wide: expected an integer"),
+    "setting without value": (["--set=dim"], "--set=dim: expected key=value"),
+    "setting out of range": (["--set=lr=-1"], "lr=-1"),
+    "filter of another type": (["--filter=min_user=few"], "--filter=min_user=few: expected a whole number"),
+    "number": (["--rounds=many"], "rounds"),
+    "no rounds": (["--rounds=0"], "rounds=0"),
+    "cut-off": (["--k=ten"], "--k=ten: expected whole numbers"),
+    "too many clients": (["--clients_per_round=9999", *TINY], "600 users"),
+    "missing data folder": (["--dataset=ku", "--data_dir=nowhere"], "nowhere"),
+    "missing file": (["--dataset=nowhere/a.csv"], "nowhere/a.csv"),
+    "missing flagfile": (["--flagfile=nowhere.flags"], "nowhere.flags"),
+    "evaluate nothing": (["--mode=evaluate"], "--workdir"),
+    "evaluate nowhere": (["--mode=evaluate", "--workdir=nowhere"], "config.json does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_usage_is_one_line_and_code_2(typed, case):
+    arguments, said = BAD[case]
+    code, _, error = typed(*arguments)
+    assert code == 2
+    assert said in error
+    assert error.count("\n") == 1 and error.startswith("launch.py: ")
+
+
+def test_a_broken_file_is_named_with_its_line(typed, tmp_path):
+    path = tmp_path / "broken.csv"
+    path.write_text("user,item,timestamp\n1,2,3\n1,,4\n")
+    code, _, error = typed(f"--dataset={path}")
+    assert code == 2 and error.count("\n") == 1
+    assert str(path) in error and "3" in error.split(str(path))[1]
+
+
+def test_a_file_as_workdir_is_bad_usage(typed, tmp_path):
+    path = tmp_path / "taken"
+    path.write_text("")
+    code, _, error = typed(*TINY, "--rounds=1", "--devices=1", f"--workdir={path}")
+    assert code == 2 and error.count("\n") == 1 and str(path) in error
+
+
+def test_help_is_no_error(typed):
+    code, _, error = typed("--help")
+    assert (code, error) == (0, "")
+
+
+# ---- flags become a configuration ----------------------------------------------------------------------------
+
+
+def configured(launch, *arguments):
+    launch.FLAGS(["launch.py", *arguments])
+    return launch.config_from_flags()
+
+
+@pytest.mark.usefixtures("typed")
+def test_settings_take_the_types_of_their_defaults(launch):
+    given = ("dim=8", "lr=1", "layers=16,8", "optimizer=adam")
+    config = configured(launch, "--method=fedncf", *(f"--set={pair}" for pair in given), "--set=dim=6")
+    assert config.settings == {"dim": 6, "lr": 1.0, "layers": (16, 8), "optimizer": "adam"}
+    assert [type(v) for v in config.settings.values()] == [int, float, tuple, str]
+
+
+@pytest.mark.usefixtures("typed")
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False), ("1", True), ("0", False)])
+def test_truth_values(launch, text, value):
+    assert configured(launch, f"--set=user_bias={text}").settings == {"user_bias": value}
+
+
+@pytest.mark.usefixtures("typed")
+def test_flags_reach_the_configuration(launch):
+    config = configured(
+        launch, "--k=1,20", "--select_metric=HR@20", "--filter=min_user=5", "--filter=min_rating=3.5", "--seed=4",
+        "--clients_per_round=0.25", "--rounds=7",
+    )  # fmt: skip
+    assert (config.ks, config.select_metric, config.seed, config.rounds) == ((1, 20), "HR@20", 4, 7)
+    assert config.filters == {"min_user": 5, "min_rating": 3.5}
+    assert config.clients_per_round == 0.25
+
+
+@pytest.mark.usefixtures("typed")
+def test_flags_and_configuration_have_the_same_defaults(launch):
+    from fedjax_rec.run import RunConfig
+
+    assert configured(launch) == RunConfig()
+
+
+@pytest.mark.usefixtures("typed")
+def test_a_flagfile_is_read_and_overridden(launch, tmp_path):
+    path = tmp_path / "recipe.flags"
+    path.write_text("# a comment\n--method=fcf\n--rounds=3\n--set=dim=5\n--set=lr=0.5\n")
+    config = configured(launch, f"--flagfile={path}", "--rounds=9")
+    assert (config.method, config.rounds, config.settings) == ("fcf", 9, {"dim": 5, "lr": 0.5})
+
+
+@pytest.mark.usefixtures("typed")
+@pytest.mark.parametrize("recipe", sorted((ROOT / "experiments").glob("*.flags")), ids=lambda p: p.stem)
+def test_every_recipe_is_a_valid_configuration(launch, recipe):
+    assert recipe.read_text().startswith("#")
+    configured(launch, f"--flagfile={recipe}")
+
+
+# ---- processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(folder):
+    """A run that got SIGTERM in its middle, and was started again: (first, second) as (code, output, error)."""
+    command = ("--rounds=300", "--eval_every=50", "--checkpoint_every=0", "--k=5,10", f"--workdir={folder / 'run'}")
+    process = start(folder, *command)
+    log = folder / "run" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    first = (*process.communicate(timeout=300), process.returncode)
+    logged = log.read_text().count("\n")
+    saved = (folder / "run" / "summary.json").exists()
+    process = start(folder, *command)
+    return first, logged, saved, (*process.communicate(timeout=300), process.returncode)
+
+
+def test_sigterm_saves_a_checkpoint_and_exits_with_75(stopped):
+    (_, error, code), logged, finished, _ = stopped
+    assert code == 75, error
+    assert f"after round {logged}: start again to go on" in error and "Traceback" not in error
+    assert 3 <= logged < 300 and not finished
+
+
+def test_starting_again_goes_on_and_finishes(stopped, folder):
+    _, logged, _, (output, error, code) = stopped
+    assert code == 0, error
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == list(range(1, 301))
+    # it went on from the checkpoint: the first round of a process, which compiles, is marked
+    assert [line["round"] for line in lines if line["seconds"].get("first")] == [1, logged + 1]
+    assert "popularity" in output and "fedmf (round" in output
+    assert json.loads((folder / "run" / "summary.json").read_text())["status"] == "done"
+
+
+def test_evaluation_takes_from_the_run_what_the_command_line_does_not_give(stopped, typed, folder):
+    last = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    code, output, error = typed("--mode=evaluate", f"--workdir={folder / 'run'}")
+    assert code == 0, error
+    said = json.loads((folder / "run" / "evaluation.json").read_text())["test"]
+    assert "HR@5" in said and "HR@50" not in said
+    assert "HR@5" in output
+    # another process with more virtual devices: sums may be ordered differently, so that a near tie may turn
+    assert abs(said["HR@5"] - last["test"]["HR@5"]) < 1.5 / last["test"]["clients"]
+
+
+def test_benchmark_mode_writes_what_it_promises(folder):
+    process = start(folder, "--mode=benchmark", "--benchmark_rounds=3", f"--workdir={folder / 'speed'}")
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert "clients/s" in output
+    result = json.loads((folder / "speed" / "benchmark.json").read_text())
+    promised = (
+        "method dataset clients samples_per_round compile_s first_round_s round_s clients_per_s samples_per_s "
+        "bytes_per_round memory_bandwidth_bytes_per_s roofline_share numpy_loop_round_s peak_memory_bytes versions "
+        "device"
+    )
+    assert set(promised.split()) <= result.keys()
+    assert result["round_s"].keys() >= {"median", "min", "max", "n"}
+    assert (result["clients"], result["round_s"]["n"]) == (30, 3)
+    # 30 users' training items, each with the default four negatives
+    rows = (folder / "tiny.csv").read_text().count("\n") - 1
+    assert result["samples_per_round"] == 5 * (rows - 2 * 30)
+    assert result["round_s"]["min"] <= result["round_s"]["median"] <= result["round_s"]["max"]
+
+
+def test_importing_loads_no_heavy_library():
+    program = (
+        "import sys, pkgutil, importlib, fedjax_rec, launch\n"
+        "for name in ('run', 'report', 'benchmark', 'evaluate', 'reference', 'methods'):\n"
+        "    importlib.import_module('fedjax_rec.' + name)\n"
+        "print([n for n in ('torch', 'transformers', 'open_clip', 'matplotlib') if n in sys.modules])\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
