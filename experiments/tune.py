@@ -2,7 +2,7 @@
 
     python experiments/tune.py --data_dir=DATA --out=runs/tune --datasets=ku,ml-100k --methods=fedmf,fedrap
 
-Every trial is one line of OUT/<dataset>_<method>.jsonl, so that an interrupted search goes on where it was;
+Every trial is one line of a file in OUT, so that an interrupted search goes on where it was;
 --shard=i/n takes every n-th trial, for several processes. Test metrics are recorded but never looked at to choose.
 --choose prints the best settings of what is there, as lines of a flagfile.
 """
@@ -31,7 +31,7 @@ flags.DEFINE_float("minutes", 1e9, "Start no trial after so many minutes.")
 flags.DEFINE_integer("cpu_devices", 2, "Virtual CPU devices.")
 flags.DEFINE_bool("choose", False, "Only print the best settings.")
 
-ROUNDS, EVAL_EVERY, PATIENCE, SEED = 400, 10, 60, 1000
+ROUNDS, EVAL_EVERY, PATIENCE, SEED = 300, 10, 50, 1000
 
 
 def protocol_of(dataset: str) -> dict[str, Any]:
@@ -98,10 +98,13 @@ def done_trials(path: Path) -> list[dict[str, Any]]:
 
 
 def choose(folder: Path) -> None:
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        lines = done_trials(path)
+        for line in done_trials(path):
+            found.setdefault((line["dataset"], line["method"]), []).append(line)
+    for (dataset, method), lines in sorted(found.items()):
         best = max(lines, key=lambda line: line["score"])
-        print(f"# {best['dataset']} {best['method']}: best of {len(lines)} trials, validation {best['score']:.4f}")
+        print(f"# {dataset} {method}: trial {best['trial']} of {len(lines)}, validation {best['score']:.4f}")
         print("\n".join(f"--set={name}={value}" for name, value in best["settings"].items()))
 
 
@@ -113,21 +116,21 @@ def main(argv) -> None:
     jax.config.update("jax_num_cpu_devices", FLAGS.cpu_devices)
     part, parts = map(int, FLAGS.shard.split("/"))
     began = time.perf_counter()
-    for dataset in FLAGS.datasets:
-        data = run.load_data(run.RunConfig(dataset=dataset, data_dir=FLAGS.data_dir, **protocol_of(dataset)))
-        for trial in range(FLAGS.trials):
-            for index, method in enumerate(FLAGS.methods):
-                name = f"{dataset}_{method}.jsonl" if parts == 1 else f"{dataset}_{method}.{part}.jsonl"
-                if (trial * len(FLAGS.methods) + index) % parts != part:
-                    continue
-                if any(line["trial"] == trial for line in done_trials(folder / name)):
-                    continue
-                if time.perf_counter() - began > 60 * FLAGS.minutes:
-                    return
-                line = run_trial(dataset, method, trial, data)
-                with (folder / name).open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                print(dataset, method, trial, f"{line['score']:.4f}", f"{line['seconds']:.1f} s", flush=True)
+    data = {
+        name: run.load_data(run.RunConfig(dataset=name, data_dir=FLAGS.data_dir, **protocol_of(name)))
+        for name in FLAGS.datasets
+    }
+    lines = [line for path in folder.glob("*.jsonl") for line in done_trials(path)]
+    done = {(line["dataset"], line["method"], line["trial"]) for line in lines}
+    # trial by trial over all data sets, so that a search that is cut short has searched all of them alike
+    jobs = [(t, d, m) for t in range(FLAGS.trials) for d in FLAGS.datasets for m in FLAGS.methods]
+    for trial, dataset, method in jobs[part::parts]:
+        if (dataset, method, trial) in done or time.perf_counter() - began > 60 * FLAGS.minutes:
+            continue
+        line = run_trial(dataset, method, trial, data[dataset])
+        with (folder / f"{part}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(dataset, method, trial, f"{line['score']:.4f}", f"{line['seconds']:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def stacked(weight: Callable[[LocalData], Float[Array, ""]] = equal) -> Aggregat
     """Keeps every client's upload apart, [clients, ...], with zeros for absent clients and untouched rows.
 
     For servers that compare clients or answer each of them. Memory is clients x upload. The value is a pair
-    (uploads, weights [clients]); weight 0 marks an absent client.
+    (uploads, weights [clients]); weight 0 marks a client that was absent or had nothing to weigh.
     """
 
     def init(upload, num_items, num_clients):

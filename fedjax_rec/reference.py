@@ -22,7 +22,7 @@ from fedjax_rec.data.features import Features
 from fedjax_rec.data.sampling import draw_local_data
 from fedjax_rec.data.splits import Split
 from fedjax_rec.evaluate import Evaluator, Ranks
-from fedjax_rec.rounds import Cohort, client_key
+from fedjax_rec.rounds import Cohort, client_key, streams
 from fedjax_rec.types import PRNGKey
 
 RANDOM_REPEATS = 20
@@ -53,7 +53,7 @@ def _least_sampled_scores(engine, replicated, took_part, slot, record, size, ste
     spec, method = engine.clients, engine.method
 
     def one_round(round_, counts):
-        k_draw = jax.random.split(client_key(key, round_, record.user), 3)[0]
+        k_draw = streams(client_key(key, round_, record.user))[0]
         data = draw_local_data(
             k_draw, record, method.sampling, size, spec.num_items, engine.pool, steps, round_
         )  # fmt: skip

@@ -17,7 +17,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
+from jaxtyping import Array, ArrayLike, Int, Integer
 
 from fedjax_rec.data.clients import Bucket, Clients
 from fedjax_rec.data.sampling import MAX_SAMPLES, Record, Sizes, draw_local_data, epoch_steps, sizes
@@ -27,6 +27,7 @@ from fedjax_rec.types import ITEM_ROLES, Params, PRNGKey, PyTree
 
 AXIS = "clients"
 SERVER = np.uint32(2**32 - 1)  # the server's stream of randomness: no user has this id
+START = np.uint32(2**32 - 1)  # the stream of the state before the first round: no round has this number
 CPU_BLOCK_BYTES = 2**20  # about half of one core's L2 cache
 DEVICE_BLOCK_BYTES = 2**28  # enough clients to occupy an accelerator
 
@@ -121,8 +122,15 @@ class Engine:
         """The cohort of the given user ids (None: everybody), laid out by bucket and device.
 
         Shapes depend on the buckets alone, so that changing cohorts never recompiles.
+
+        Raises:
+            ValueError: for an id that is no user's.
         """
         devices = self.clients.num_devices
+        if users is not None and len(users) and not 0 <= np.min(users) <= np.max(users) < self.clients.num_users:
+            raise ValueError(
+                f"cohort with ids {np.min(users)}..{np.max(users)}: expected 0..{self.clients.num_users - 1}"
+            )
         chosen = np.ones(self.clients.num_users + 1, bool)
         if users is not None:
             chosen[:] = False
@@ -222,9 +230,15 @@ def record_at(bucket: Bucket, position: Int[Array, "block"], num_users: int, num
     return Record(take(bucket.user, num_users), history, length, forbidden, num_forbidden)
 
 
-def client_key(key: PRNGKey, round_: Int[Array, ""], user: Int[Array, ""]) -> PRNGKey:
-    """Randomness of one client in one round: of (run, round, user), never of a position."""
+def client_key(key: PRNGKey, round_: Integer[ArrayLike, ""], user: Integer[ArrayLike, ""]) -> PRNGKey:
+    """Randomness of one client in one round: of (run, round, user), never of a position. `user` may be SERVER,
+    `round_` may be START."""
     return jax.random.fold_in(jax.random.fold_in(key, round_), user)
+
+
+def streams(key: PRNGKey) -> tuple[PRNGKey, PRNGKey, PRNGKey]:
+    """A client key's streams: for the sampler (which folds 0, 1, 2 into its own), for training, for the upload."""
+    return key, jax.random.fold_in(key, 3), jax.random.fold_in(key, 4)
 
 
 def restrict_client(clients: Client, slot: Int[Array, ""], rows: Int[Array, "rows"] | None) -> Client:
@@ -264,7 +278,7 @@ def local_step(
     steps: Int[Array, ""],
 ) -> Step:
     """Draw, download, train, upload: one client of a block."""
-    k_draw, k_train, k_upload = jax.random.split(client_key(key, round_, record.user), 3)
+    k_draw, k_train, k_upload = streams(client_key(key, round_, record.user))
     data = draw_local_data(k_draw, record, method.sampling, size, num_items, pool, steps, round_)
     rows = None if size.dense else data.rows
     view = shared if size.dense else restrict(shared, data.rows)
@@ -279,33 +293,31 @@ def local_step(
 # ---- all clients -------------------------------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _init(engine: Engine, key: PRNGKey) -> State:
     method, slots = engine.method, engine.clients.num_slots
-
-    def start(key):
-        k_server, k_clients = jax.random.split(key)
-        server = method.init_server(k_server)
-        shared = method.publish(k_server, server)
-        users = jnp.arange(slots) if method.client_init == "random" else jnp.zeros(slots, jnp.int32)
-        init_one = lambda user: method.init_client(jax.random.fold_in(k_clients, user), shared)
-        return server, jax.vmap(init_one)(users)
-
-    placed = (NamedSharding(engine.mesh, P()), NamedSharding(engine.mesh, P(AXIS)))
-    server, clients = jax.jit(start, out_shardings=placed)(key)
-    return State(server, clients, ())
+    k_server, k_publish = jax.random.split(client_key(key, START, SERVER))
+    server = method.init_server(k_server)
+    shared = method.publish(k_publish, server)
+    users = jnp.arange(slots) if method.client_init == "random" else jnp.zeros(slots, jnp.int32)
+    clients = jax.vmap(lambda user: method.init_client(client_key(key, START, user), shared))(users)
+    everywhere, spread = NamedSharding(engine.mesh, P()), NamedSharding(engine.mesh, P(AXIS))
+    constrain = jax.lax.with_sharding_constraint
+    return State(constrain(server, everywhere), constrain(clients, spread), ())
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def publish(engine: Engine, key: PRNGKey, server: Server, round_: Int[Array, ""]) -> Params:
     """What clients may see at the start of a round (and at an evaluation before it): a function of its own, so
     that server-made item rows are computed once, whatever the number of clients."""
-    return engine.method.publish(client_key(key, jnp.asarray(round_, jnp.int32), SERVER), server)
+    k_publish, _ = jax.random.split(client_key(key, jnp.asarray(round_, jnp.int32), SERVER))
+    return engine.method.publish(k_publish, server)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _round(engine: Engine, key: PRNGKey, state: State, round_: Int[Array, ""], cohort: Cohort):
     method = engine.method
-    k_server = jax.random.fold_in(client_key(key, round_, SERVER), 1)
+    _, k_server = jax.random.split(client_key(key, round_, SERVER))
     shared = publish(engine, key, state.server, round_)
     body = functools.partial(_local_pass, engine)
     clients, folded, totals = jax.shard_map(

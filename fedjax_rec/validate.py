@@ -6,12 +6,12 @@ import difflib
 from collections.abc import Iterable
 
 
-def positive(name: str, value: float, *, zero_allowed: bool = False) -> None:
+def positive(name: str, value: int | float, *, zero_allowed: bool = False) -> None:
     if not (value > 0 or (zero_allowed and value == 0)):
         raise ValueError(f"{name}={value}: expected a number {'>= 0' if zero_allowed else '> 0'}")
 
 
-def between(name: str, value: float, low: float, high: float) -> None:
+def between(name: str, value: int | float, low: int | float, high: int | float) -> None:
     if not low <= value <= high:
         raise ValueError(f"{name}={value}: expected a number in [{low}, {high}]")
 

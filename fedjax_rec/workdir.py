@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-
 IMMATERIAL = frozenset({"data_dir", "checkpoint_every"})
 """Settings that may change between two starts of a run: no result depends on them."""
 

@@ -16,7 +16,7 @@ import numpy as np
 from fedjax_rec.data.sampling import Record, draw_local_data, epoch_steps, sizes
 from fedjax_rec.data.splits import Split
 from fedjax_rec.method import Aggregate, Method
-from fedjax_rec.rounds import SERVER, State, client_key
+from fedjax_rec.rounds import SERVER, State, client_key, streams
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class Oracle:
 
     def client(self, key, shared, mail, own, user: int, round_: int):
         """One client's round: (what stays, upload, weight, info, model)."""
-        k_draw, k_train, k_upload = jax.random.split(key, 3)
+        k_draw, k_train, k_upload = streams(key)
         data = self.data(k_draw, user, round_)
         return self._train(k_train, k_upload, shared, mail, own, data)
 

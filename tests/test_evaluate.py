@@ -432,7 +432,7 @@ def scores_of_pfedrec(engine, state):
     @jax.jit
     def draw(position):
         record = jax.tree.map(lambda x: x[0], record_at(bucket, position[None], USERS, ITEMS, engine.clients.pool_size))
-        key = jax.random.split(client_key(KEY, jnp.int32(ROUNDS), record.user), 3)[0]
+        key = client_key(KEY, jnp.int32(ROUNDS), record.user)
         steps = epoch_steps(sampling, size, record.length)
         return draw_local_data(key, record, sampling, size, ITEMS, engine.pool, steps, jnp.int32(ROUNDS))
 

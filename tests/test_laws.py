@@ -16,7 +16,7 @@ import pytest
 
 from fedjax_rec import methods
 from fedjax_rec.data import clients, splits, synthetic
-from fedjax_rec.rounds import Engine, client_key, clients_mesh, make_engine
+from fedjax_rec.rounds import SERVER, START, Engine, client_key, clients_mesh, make_engine
 
 USERS, ITEMS, EMPTY = 41, 200, 5  # user EMPTY has no training item
 KEY = jax.random.key(7)
@@ -291,11 +291,10 @@ def test_loss_falls(case):
     assert np.mean(losses[-5:]) < 0.98 * np.mean(losses[:5])
 
 
-@pytest.mark.xfail(strict=True, reason="a client's key of round 1 is the key it was initialised with")
-def test_rounds_and_start_use_different_keys():
-    _, k_clients = jax.random.split(KEY)
-    of_start = jax.random.fold_in(k_clients, 3)
-    assert (jax.random.key_data(of_start) != jax.random.key_data(client_key(KEY, jnp.int32(1), jnp.int32(3)))).any()
+def test_start_rounds_and_server_use_different_keys():
+    users, times = [jnp.uint32(0), jnp.uint32(3), SERVER], [START, jnp.uint32(0), jnp.uint32(1)]
+    keys = [k for t in times for u in users for k in (client_key(KEY, t, u), *jax.random.split(client_key(KEY, t, u)))]
+    assert len({tuple(np.asarray(jax.random.key_data(k)).tolist()) for k in [KEY, *keys]}) == len(keys) + 1
 
 
 @pytest.mark.skipif(len(jax.devices()) < 4, reason="needs 4 devices")

@@ -126,7 +126,7 @@ def slow_counts(evaluator, rounds, took_part=None) -> np.ndarray:
     @jax.jit
     def draw(position, round_):
         record = jax.tree.map(lambda x: x[0], record_at(bucket, position[None], USERS, ITEMS, pool_size))
-        key = jax.random.split(client_key(KEY, round_, record.user), 3)[0]
+        key = client_key(KEY, round_, record.user)
         steps = epoch_steps(sampling, size, record.length)
         return draw_local_data(key, record, sampling, size, ITEMS, engine.pool, steps, round_)
 

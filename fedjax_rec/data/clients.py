@@ -15,7 +15,7 @@ NEGATIVE_POOLS: dict[str, str] = {
     "outside_all": "everything outside ALL of the user's items: held-out items are never negatives (leaks)",
     "trained_items": "items of somebody's training data, outside the user's: other items are never negatives (leaks)",
 }
-MAX_BUCKETS = 4
+MAX_BUCKETS = 3
 BUCKET_COST = 0.02  # one more bucket must save this share of all slots to be worth its compilation
 
 

@@ -202,7 +202,7 @@ def draw_local_data(
         steps: steps of an epoch in this block (at least what this client needs).
         round_: 0-based round, passed through.
     """
-    k_draw, k_epoch, k_order = jax.random.split(key, 3)
+    k_draw, k_order, k_epoch = (jax.random.fold_in(key, stream) for stream in range(3))
     pool_size = num_items if pool is None else pool.shape[0]
     epochs = sampling.local_epochs
     fresh = epochs if sampling.redraw == "epoch" else 1
@@ -229,8 +229,10 @@ def draw_local_data(
         history = record.history
     else:
         # equal draws are neighbours: the first keeps the row, the others point to it and leave a hole
-        rows = jnp.concatenate([record.history, jnp.where(first_of_run, drawn, num_items)]) if size.draws else (
-            record.history
+        rows = (
+            jnp.concatenate([record.history, jnp.where(first_of_run, drawn, num_items)])
+            if size.draws
+            else (record.history)
         )
         history = row_of_positive = jnp.arange(size.history, dtype=jnp.int32)
         row_of_draw = size.history + jax.lax.cummax(jnp.where(first_of_run, j, 0)) if size.draws else drawn

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+
 from fedjax_rec.backbones.ncf import neural_cf
 from fedjax_rec.method import Method
 from fedjax_rec.roles import binary_cross_entropy, local_sgd
@@ -42,7 +44,9 @@ class Config(LocalConfig):
 
 def fedncf(config: Config, num_users: int, num_items: int, name: str = "fedncf") -> Method:
     """FedNCF; see the module docstring."""
-    backbone = neural_cf(config.dim, layers=config.layers, gmf=config.branches == "neumf", init_std=config.user_init_std)
+    backbone = neural_cf(
+        config.dim, layers=config.layers, gmf=config.branches == "neumf", init_std=config.user_init_std
+    )
 
     def loss(params, vectors, batch):
         return binary_cross_entropy(backbone.predict(params, vectors["item"]), batch)
@@ -52,12 +56,15 @@ def fedncf(config: Config, num_users: int, num_items: int, name: str = "fedncf")
         "network": config.lr * config.network_lr_scale,
         "item": config.item_lr(num_users),
     }
+
+    def init_shared(key):
+        k_item, k_network = jax.random.split(key)
+        item = item_table(k_item, num_items, backbone.width, config.init_std)
+        return {"item": item, "network": backbone.init(k_network)["network"]}
+
     return sharing_method(
         name,
-        init_shared=lambda key: {
-            "item": item_table(key, num_items, backbone.width, config.init_std),
-            "network": backbone.init(key)["network"],
-        },
+        init_shared=init_shared,
         init_private=lambda key: {"user": backbone.init(key)["user"]},
         train=local_sgd(loss, rates, optimizer=config.optimizer),
         score=lambda params: backbone.predict(params, params["item"]),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -82,13 +83,14 @@ def fedrap(config: Config, num_users: int, num_items: int, name: str = "fedrap")
         step = sgd_step(loss, {role: rate * decay for role, rate in rates.items()})
         return run_steps(step, params, data)
 
+    def init_private(key):
+        k_head, k_item = jax.random.split(key)
+        return {**head.init(k_head), "own_item": item_table(k_item, num_items, config.dim, config.own_init_std)}
+
     return sharing_method(
         name,
         init_shared=lambda key: {"item": item_table(key, num_items, config.dim, config.init_std)},
-        init_private=lambda key: {
-            **head.init(key),
-            "own_item": item_table(key, num_items, config.dim, config.own_init_std),
-        },
+        init_private=init_private,
         train=train if config.regularise == "batch" else _train_on_table(head, rates, regulariser, config),
         score=lambda params: head.predict(params, params["item"] + params["own_item"]),
         config=config,
