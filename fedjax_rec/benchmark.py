@@ -14,9 +14,10 @@ import numpy as np
 
 from fedjax_rec.data.clients import row_offsets
 from fedjax_rec.data.splits import Split
+from fedjax_rec.experiment import RunConfig, check_memory, prepare
 from fedjax_rec.method import Method
-from fedjax_rec.run import RunConfig, check_memory, prepare
 from fedjax_rec.system import device_name, peak_memory_bytes, versions
+from fedjax_rec.validate import positive
 from fedjax_rec.workdir import write_json
 
 COPY_BYTES = 2**28
@@ -31,6 +32,7 @@ def run(
         times in seconds (median, min, max over the timed rounds, each waited for), throughputs per second, bytes,
         and the same round as a NumPy loop over clients (None for methods it does not know).
     """
+    positive("rounds", rounds)
     ready = prepare(config, data)
     memory = check_memory(ready.engine)
     began = time.perf_counter()

@@ -11,7 +11,7 @@ from orbax.checkpoint import v1 as ocp
 
 from fedjax_rec.types import PyTree
 
-KEEP = 2  # a checkpoint that turns out unreadable leaves the one before
+KEEP = 2  # the newest, and the one before for a person to go back to (remove the newest)
 
 
 class Checkpoints:

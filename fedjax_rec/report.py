@@ -17,7 +17,7 @@ def table(summary: Mapping[str, Any]) -> str:
     """The selected round beside the training-free rankers."""
     chosen = [n for n in summary["test"] if n.startswith(("HR@", "NDCG@"))]
     head = ["", *(f"{n}" for n in chosen), "seen " + chosen[0], "unseen " + chosen[0]]
-    rows = [_row(f"{summary['method']} (round {summary['best_round']})", summary, chosen)]
+    rows = [_row(f"{summary['method']} (round {summary.get('round') or summary['best_round']})", summary, chosen)]
     rows += [_row(name, said, chosen) for name, said in summary["reference_rankers"].items()]
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
     lines = [

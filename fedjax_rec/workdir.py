@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +19,19 @@ class UsageError(ValueError):
     """Bad usage: one line that says what was given, what was expected, what to do."""
 
 
+def strict(value: Any) -> Any:
+    """The value with every number that JSON cannot hold (no targets, no mean) as null."""
+    if isinstance(value, Mapping):
+        return {key: strict(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON under its name only when complete."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=True) + "\n")
+    temporary.write_text(json.dumps(strict(value), indent=1, allow_nan=False) + "\n")
     os.replace(temporary, path)
 
 
@@ -98,7 +108,7 @@ class MetricsLog:
 
     def append(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(strict(line), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

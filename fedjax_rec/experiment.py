@@ -1,0 +1,235 @@
+"""A run made ready: its configuration, data, method, engine and evaluator."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedjax_rec import metrics
+from fedjax_rec.data import clients as clients_module
+from fedjax_rec.data import features as features_module
+from fedjax_rec.data import readers, splits, synthetic
+from fedjax_rec.data.features import Features
+from fedjax_rec.data.interactions import Filters, Interactions
+from fedjax_rec.data.splits import Split
+from fedjax_rec.evaluate import Evaluator, make_evaluator
+from fedjax_rec.method import Method
+from fedjax_rec.methods import METHODS, make_config
+from fedjax_rec.protocols import Protocol, describe, protocol
+from fedjax_rec.rounds import Cohort, Engine, make_engine
+from fedjax_rec.system import available_bytes, device_name
+from fedjax_rec.validate import between, one_of, positive
+from fedjax_rec.workdir import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run computes. Field names are those of the command line's flags.
+
+    Attributes:
+        method, settings: a name in METHODS and replacements for its settings.
+        dataset, data_dir: what data/readers.py loads.
+        split, split_seed, ties: see data/splits.py.
+        filters: replacements for the data set's default filters (see data/interactions.Filters).
+        filmtrust_time: `item` or `position`, see data/readers.py.
+        protocol: honest or published.
+        ranking: full, or sampled_99.
+        rounds, seed: length and randomness of the run.
+        clients_per_round: a number (> 1), a share (<= 1), or 0 for everybody.
+        eval_every: rounds between evaluations; the last round is always evaluated.
+        eval_clients: evaluate only so many clients (drawn once), 0 for all.
+        ks: cut-offs of the metrics.
+        select_metric: the validation metric that selects the round.
+        patience: stop after so many rounds without a better validation result, 0 for never.
+        checkpoint_every: rounds between checkpoints, 0 for only at the end and when stopped.
+        block_size, max_buckets, devices: how the engine lays out clients; part of the run's identity because they
+            order its sums. devices=0 takes all there are.
+    """
+
+    method: str = "fedmf"
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dataset: str = "synthetic"
+    data_dir: str | None = None
+    split: str = "leave_one_out"
+    split_seed: int = 0
+    ties: str = "later_row"
+    filters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    filmtrust_time: str = "item"
+    protocol: str = "honest"
+    ranking: str = "full"
+    rounds: int = 100
+    seed: int = 0
+    clients_per_round: int | float = 0
+    eval_every: int = 10
+    eval_clients: int = 0
+    ks: tuple[int, ...] = (10, 50)
+    select_metric: str = "NDCG@10"
+    patience: int = 0
+    checkpoint_every: int = 100
+    block_size: int = 0
+    max_buckets: int = clients_module.MAX_BUCKETS
+    devices: int = 0
+
+    def __post_init__(self):
+        one_of("method", self.method, METHODS)
+        one_of("split", self.split, ("leave_one_out", "given", "cold_items"))
+        one_of("protocol", self.protocol, ("honest", "published"))
+        one_of("ranking", self.ranking, ("full", "sampled_99"))
+        for name in ("rounds", "eval_every", "max_buckets"):
+            positive(name, getattr(self, name))
+        for name in ("clients_per_round", "eval_clients", "patience", "checkpoint_every", "block_size", "devices"):
+            positive(name, getattr(self, name), zero_allowed=True)
+        for k in self.ks:
+            positive("ks", k)
+        one_of("select_metric", self.select_metric, metrics.per_client(np.ones((1, 1)), tuple(self.ks)))
+        between("seed", self.seed, 0, 2**31 - 1)
+        if self.clients_per_round > 1 and self.clients_per_round != int(self.clients_per_round):
+            raise ValueError(f"clients_per_round={self.clients_per_round}: expected a share <= 1 or a whole number")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+    """A run made ready: data, method, engine, evaluator."""
+
+    config: RunConfig
+    interactions: Interactions
+    split: Split
+    features: dict[str, Features]
+    protocol: Protocol
+    method: Method
+    engine: Engine
+    evaluator: Evaluator
+    key: jax.Array
+    eval_cohort: Cohort | None
+
+    def cohort_users(self, round_: int) -> np.ndarray | None:
+        """User ids of a round's cohort, drawn from (seed, round) alone; None for everybody."""
+        count = cohort_size(self.config.clients_per_round, self.split.num_users)
+        if count == self.split.num_users:
+            return None
+        rng = np.random.default_rng([self.config.seed, round_])
+        return np.sort(rng.choice(self.split.num_users, count, replace=False))
+
+
+def cohort_size(clients_per_round: int | float, num_users: int) -> int:
+    """Clients in a round.
+
+    Raises:
+        UsageError: for a cohort larger than the population.
+    """
+    if clients_per_round == 0 or clients_per_round == 1.0:
+        return num_users
+    count = max(round(clients_per_round * num_users), 1) if clients_per_round < 1 else int(clients_per_round)
+    if count > num_users:
+        raise UsageError(f"--clients_per_round={count}: the data set has {num_users} users; give at most that")
+    return count
+
+
+def load_data(config: RunConfig) -> tuple[Interactions, Split, dict[str, Features]]:
+    """Reads, filters and splits the data set, with the features its folder offers."""
+    if config.dataset == "synthetic" and not config.filters:
+        made = synthetic.make()
+        interactions, features = made.interactions, made.features
+    else:
+        known = readers.DATASETS.get(config.dataset)
+        default = known.filters if known else Filters()
+        filters = dataclasses.replace(default, **config.filters)
+        interactions = readers.load(
+            config.dataset, config.data_dir, filters=filters, filmtrust_time=config.filmtrust_time
+        )
+        known_features = config.dataset in features_module.FEATURES and config.data_dir
+        features = (
+            features_module.load_features(config.dataset, config.data_dir, interactions) if known_features else {}
+        )
+    split = splits.make(interactions, config.split, seed=config.split_seed, data_dir=config.data_dir, ties=config.ties)
+    return interactions, split, features
+
+
+def prepare(config: RunConfig, data: tuple | None = None) -> Experiment:
+    """Builds everything a run needs.
+
+    Args:
+        config: what to run.
+        data: (interactions, split, features) to use instead of loading them.
+    """
+    interactions, split, features = data or load_data(config)
+    chosen = protocol(config.protocol, config.method)
+    forced = {k: v for k, v in (("draw", chosen.draw), ("redraw", chosen.redraw)) if v is not None}
+    settings = make_config(config.method, {**forced, **config.settings})
+    method = METHODS[config.method].build(settings, split.num_users, split.num_items, name=config.method)
+    devices = config.devices or len(jax.devices())
+    if devices > len(jax.devices()):
+        raise UsageError(f"--devices={devices}: only {len(jax.devices())} are there; give at most that, or 0 for all")
+    population = clients_module.build(
+        split, negative_pool=chosen.negative_pool, num_devices=devices, max_buckets=config.max_buckets
+    )
+    engine = make_engine(method, population, block_size=config.block_size)
+    evaluator = make_evaluator(engine, split, protocol=chosen, sampled=config.ranking == "sampled_99")
+    eval_cohort = None
+    if 0 < config.eval_clients < split.num_users:
+        rng = np.random.default_rng([config.seed, 2**20])
+        eval_cohort = engine.cohort(rng.choice(split.num_users, config.eval_clients, replace=False))
+    key = jax.random.key(config.seed)
+    return Experiment(config, interactions, split, features, chosen, method, engine, evaluator, key, eval_cohort)
+
+
+def check_memory(engine: Engine) -> dict[str, int]:
+    """The estimate of Engine.memory_bytes.
+
+    Raises:
+        UsageError: if it does not fit, with a setting that does.
+    """
+    need, have = engine.memory_bytes(), available_bytes()
+    if have is None or need["total"] <= have:
+        return need
+    detail = ", ".join(f"{name} {bytes_ / 2**30:.2f}" for name, bytes_ in need.items() if name != "total")
+    raise UsageError(
+        f"the run needs about {need['total'] / 2**30:.2f} GiB ({detail}) and {have / 2**30:.2f} GiB are free: "
+        f"{_fitting_setting(engine, need, have)}"
+    )
+
+
+def _fitting_setting(engine: Engine, need: dict[str, int], have: int) -> str:
+    """Fewer clients at once if that is enough, else narrower embeddings, else more machine."""
+    block = max(engine.block)
+    while block > 1:
+        block //= 2
+        smaller = tuple(min(block, n) for n in engine.block)
+        if dataclasses.replace(engine, block=smaller).memory_bytes()["total"] <= have:
+            return f"set --block_size={block}"
+    # everything but the data is proportional to the width, or nearly
+    dim = int(getattr(engine.method.config, "dim", 1) * (have - need["data"]) / (need["total"] - need["data"]) * 0.9)
+    return f"set --set dim={dim}" if dim >= 1 else "use more devices, or --filter the data"
+
+
+def identity(ready: Experiment) -> dict[str, Any]:
+    """Everything a workdir's results depend on: the configuration with every default and layout resolved."""
+    return {
+        **dataclasses.asdict(ready.config),
+        "settings": dataclasses.asdict(ready.method.config),
+        "devices": ready.engine.mesh.size,
+        "block_sizes": list(ready.engine.block),
+    }
+
+
+def introduction(ready: Experiment) -> str:
+    """What a person should know before a run: data, protocol, sizes."""
+    sent = ready.engine.bytes_per_client()
+    need = ready.engine.memory_bytes()["total"]
+    buckets = ", ".join(
+        f"{b.user.shape[0]} clients of up to {b.history.shape[1]} items (blocks of {n})"
+        for b, n in zip(ready.engine.clients.buckets, ready.engine.block, strict=True)
+    )
+    return "\n".join(
+        [
+            splits.describe(ready.interactions, ready.split),
+            f"padding        {ready.engine.clients.padding_fraction:.1%} of history slots; {buckets}",
+            f"bytes          down {sent['down']:,} up {sent['up']:,} per client and round (full tables)",
+            f"memory         about {need / 2**20:,.0f} MiB on {ready.engine.mesh.size} x {device_name()}",
+            describe(ready.protocol),
+        ]
+    )

@@ -1,0 +1,166 @@
+"""What is said of a run: metrics of ranks, the training-free rankers, the summary, the table of clients."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedjax_rec import metrics, reference
+from fedjax_rec.data.clients import padded_rows, row_offsets
+from fedjax_rec.data.splits import Split
+from fedjax_rec.evaluate import TOP, Ranks
+from fedjax_rec.experiment import Experiment
+from fedjax_rec.system import device_name, peak_memory_bytes, versions
+
+
+@dataclasses.dataclass
+class Best:
+    """The selected round and its ranks (test ranks are recorded with it, never looked at to choose it)."""
+
+    round: int
+    value: float
+    ranks: Ranks
+
+
+def results_of(ready: Experiment, ranks: Ranks) -> dict[str, Any]:
+    """Everything that is said of one set of ranks."""
+    ks, split = ready.config.ks, ready.split
+    popularity = reference.popularity_of(split)
+    seen = seen_targets(split, ranks.test)
+    top = min(TOP, split.num_items)
+    return {
+        "valid": metrics.summarise(ranks.valid, ks),
+        "test": {
+            **metrics.summarise(ranks.test, ks),
+            **metrics.beyond_accuracy(ranks.recommended, popularity, top),
+            "MRR_worst_decile": metrics.worst_decile(ranks.test),
+        },
+        "test_seen": metrics.summarise(np.where(seen, ranks.test, np.nan), ks),
+        "test_unseen": metrics.summarise(np.where(seen, np.nan, ranks.test), ks),
+    }
+
+
+def seen_targets(split: Split, ranks: np.ndarray) -> np.ndarray:
+    """Which test targets occur in somebody's training data, in the layout of `ranks`; False for padding."""
+    offsets = row_offsets(split.test.user, split.num_users)
+    users = np.arange(split.num_users)
+    items = padded_rows(split.test, users, offsets, ranks.shape[1], split.num_items)
+    return np.append(reference.popularity_of(split) > 0, False)[items]
+
+
+def per_client_table(ready: Experiment, best: Best) -> dict[str, np.ndarray]:
+    """What per_client.npz holds: one row per user, in user order.
+
+    user_id (raw), train_items, valid_rank and test_rank [users, targets], test_item (raw ids, "" for padding),
+    test_seen, mean_popularity of the history, and each test metric.
+    """
+    split = ready.split
+    offsets = row_offsets(split.test.user, split.num_users)
+    users = np.arange(split.num_users)
+    items = padded_rows(split.test, users, offsets, best.ranks.test.shape[1], split.num_items)
+    popularity = reference.popularity_of(split)
+    history = np.bincount(split.train.user, minlength=split.num_users)
+    taste = np.bincount(split.train.user, popularity[split.train.item], split.num_users) / np.maximum(history, 1)
+    return {
+        "user_id": ready.interactions.user_ids.astype(str),
+        "train_items": history,
+        "mean_popularity": taste,
+        "valid_rank": best.ranks.valid,
+        "test_rank": best.ranks.test,
+        "test_item": np.append(ready.interactions.item_ids.astype(str), "")[items],
+        "test_seen": seen_targets(split, best.ranks.test),
+        **metrics.per_client(best.ranks.test, ready.config.ks),
+    }
+
+
+def reference_results(ready: Experiment, rounds: int) -> dict[str, Any]:
+    """All training-free rankers under the run's protocol, {name: {valid, test, test_seen, test_unseen}}."""
+    evaluator, cohort = ready.evaluator, ready.eval_cohort
+    said = {n: results_of(ready, r) for n, r in reference.popularity_rankers(evaluator, cohort).items()}
+    draws = [results_of(ready, r) for r in reference.random_ranker(evaluator, ready.config.seed, cohort)]
+    said["random"] = jax.tree.map(lambda *values: float(np.mean(values)), *draws)
+    content = reference.content_profile(evaluator, ready.features, cohort)
+    if content is not None:
+        said["content_profile"] = results_of(ready, content)
+    users = None
+    share = reference.affordable_share(evaluator, rounds)
+    if share < 1 and cohort is None:
+        rng = np.random.default_rng([ready.config.seed, 2**21])
+        users = rng.choice(ready.split.num_users, max(int(share * ready.split.num_users), 1), replace=False)
+        cohort = ready.engine.cohort(users)
+    # under post_local the judged model has also seen the draws of the local update it is scored after
+    seen = rounds + (ready.method.evaluate_at == "post_local")
+    replayed = reference.least_sampled(evaluator, ready.key, seen, participation(ready, rounds, seen), cohort)
+    if replayed is not None:
+        said["least_sampled"] = results_of(ready, replayed)
+    return said
+
+
+def participation(ready: Experiment, rounds: int, seen: int) -> np.ndarray | None:
+    """Who took part in which round, bool [users, seen]; None where everybody always did."""
+    if ready.cohort_users(0) is None:
+        return None
+    took_part = np.zeros((ready.split.num_users, seen), bool)
+    for round_ in range(rounds):
+        took_part[ready.cohort_users(round_), round_] = True
+    took_part[:, rounds:] = True
+    return took_part
+
+
+def summarise(
+    ready: Experiment, lines: list[dict], best: Best | None, done: int, rankers: dict[str, Any], timing: dict
+) -> dict[str, Any]:
+    """summary.json: the selected round, what it is compared with, what it cost.
+
+    Args:
+        lines: of metrics.jsonl.
+        best: the selected round, or None if nothing was evaluated.
+        done: rounds run.
+        rankers: see reference_results.
+        timing: `compile`, the seconds of the first round of this process.
+    """
+    config = ready.config
+    trained = [line["seconds"]["train"] for line in lines if not line["seconds"].get("first")]
+    evaluated = [line["seconds"]["evaluate"] for line in lines if "evaluate" in line["seconds"]]
+    median = lambda values: float(np.median(values)) if values else None
+    said = results_of(ready, best.ranks) if best is not None else {}
+    return {
+        "method": config.method,
+        "backbone": None,
+        "settings": dataclasses.asdict(ready.method.config),
+        "dataset": config.dataset,
+        "counts": {
+            **ready.interactions.counts,
+            "users": ready.split.num_users,
+            "items": ready.split.num_items,
+            "train": len(ready.split.train.item),
+            "valid": len(ready.split.valid.item),
+            "test": len(ready.split.test.item),
+            "padding_fraction": ready.engine.clients.padding_fraction,
+        },
+        "protocol": config.protocol,
+        "leaks": list(ready.protocol.leaks),
+        "ranking": config.ranking,
+        "split": config.split,
+        "tie_rule": ready.split.tie_rule,
+        "seed": config.seed,
+        "rounds": done,
+        "best_round": best.round if best else None,
+        "select_metric": config.select_metric,
+        **said,
+        "reference_rankers": rankers,
+        "seconds": {
+            "compile": timing["compile"],
+            "train_round_median": median(trained),
+            "eval_median": median(evaluated[1:] or evaluated),
+        },
+        "bytes": ready.engine.bytes_per_client(),
+        "memory_estimate_bytes": ready.engine.memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "block_sizes": list(ready.engine.block),
+        "versions": versions(),
+        "device": device_name(),
+    }
