@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
+from fedjax_rec import metrics
+
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders.")
 flags.DEFINE_string("out", "runs/tables", "Folder of the workdirs.")
@@ -47,20 +49,19 @@ def spread(values: list[float]) -> str:
     return f"{np.mean(values):.4f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.4f}"
 
 
-def per_client_mean(workdirs: list[Path], metric: str) -> np.ndarray:
-    return np.mean([np.load(folder / "per_client.npz")[metric] for folder in workdirs], axis=0)
+def by_client(workdirs: list[Path], metric: str) -> np.ndarray:
+    """[seeds, users]."""
+    return np.stack([np.load(folder / "per_client.npz")[metric] for folder in workdirs])
 
 
 def paired(a: np.ndarray, b: np.ndarray) -> str:
-    """Mean of a - b over clients with its 95 % interval."""
-    difference = (a - b)[np.isfinite(a - b)]
-    half = 1.96 * difference.std(ddof=1) / np.sqrt(len(difference))
-    return f"{difference.mean():+.4f} [{difference.mean() - half:+.4f}, {difference.mean() + half:+.4f}]"
+    mean, low, high = metrics.paired_difference(a, b)
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def table(dataset: str, runs: dict[str, list[Path]]) -> str:
     """Markdown for one data set: {method: workdirs of its seeds}."""
-    names = [f"{metric}@{k}" for k in FLAGS.k for metric in ("HR", "NDCG")]
+    names = [f"{name}@{k}" for k in FLAGS.k for name in ("HR", "NDCG")]
     wide = names[-2]
     head = ["", *names, f"{wide} seen", f"{wide} unseen", "round", f"{names[1]} - {FLAGS.against}"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -68,13 +69,13 @@ def table(dataset: str, runs: dict[str, list[Path]]) -> str:
         method: [json.loads((folder / "summary.json").read_text()) for folder in folders]
         for method, folders in runs.items()
     }
-    base = per_client_mean(runs[FLAGS.against], names[1]) if FLAGS.against in runs else None
+    base = by_client(runs[FLAGS.against], names[1]) if FLAGS.against in runs else None
     for method, said in summaries.items():
         cells = [spread([s["test"][name] for s in said]) for name in names]
         cells += [spread([s[part][wide] for s in said]) for part in ("test_seen", "test_unseen")]
         cells += [f"{np.mean([s['best_round'] for s in said]):.0f}"]
         other = base is not None and method != FLAGS.against
-        cells += [paired(per_client_mean(runs[method], names[1]), base) if other else ""]
+        cells += [paired(by_client(runs[method], names[1]), base) if other else ""]
         lines.append("| " + " | ".join([method, *cells]) + " |")
     first = next(iter(summaries.values()))[0]
     for ranker, said in first["reference_rankers"].items():

@@ -4,7 +4,7 @@
 
 Every trial is one line of a file in OUT, so that an interrupted search goes on where it was;
 --shard=i/n takes every n-th trial, for several processes. Test metrics are recorded but never looked at to choose.
---choose prints the best settings of what is there, as lines of a flagfile.
+--choose writes the best settings of what is there as flagfiles.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders.")
 flags.DEFINE_string("out", "runs/tune", "Folder of the trials.")
 flags.DEFINE_list("datasets", ["ku", "filmtrust", "amazon-video", "ml-100k"], "Data sets.")
 flags.DEFINE_list("methods", ["fedmf", "fedncf", "pfedrec", "fedrap"], "Methods.")
-flags.DEFINE_integer("trials", 10, "Trials per method and data set.")
+flags.DEFINE_integer("trials", 20, "Trials per method and data set.")
+flags.DEFINE_integer("first_trial", 0, "Number of the first one.")
 flags.DEFINE_string("shard", "0/1", "Which part of the trials this process runs.")
 flags.DEFINE_float("minutes", 1e9, "Start no trial after so many minutes.")
 flags.DEFINE_integer("cpu_devices", 2, "Virtual CPU devices.")
-flags.DEFINE_bool("choose", False, "Only print the best settings.")
+flags.DEFINE_bool("choose", False, "Only write the best settings so far as flagfiles.")
+flags.DEFINE_string("flags_to", "experiments", "Folder for --choose.")
 
 ROUNDS, EVAL_EVERY, PATIENCE, SEED = 300, 10, 50, 1000
+WIDE_TRIALS = 10
 
 
 def protocol_of(dataset: str) -> dict[str, Any]:
@@ -48,8 +51,12 @@ def log_uniform(rng, low: float, high: float) -> float:
 def draw_settings(method: str, trial: int) -> dict[str, Any]:
     """One trial's settings, a function of (method, trial)."""
     rng = np.random.default_rng([trial, sum(map(ord, method))])
-    lr = log_uniform(rng, 0.05, 8.0)
-    item_lr = log_uniform(rng, 0.25, 10.0)  # times the clients: the step that the server's mean is made of
+    # the first trials search widely; the later ones where the first found every method at its best: fast users
+    # over a slow table
+    wide = trial < WIDE_TRIALS
+    lr = log_uniform(rng, 0.05, 8.0) if wide else log_uniform(rng, 0.8, 8.0)
+    # times the clients: the step that the server's mean is made of
+    item_lr = log_uniform(rng, 0.25, 10.0) if wide else log_uniform(rng, 0.15, 4.0)
     settings = {
         "lr": round(lr, 4),
         "item_lr_scale": round(item_lr / lr, 5),
@@ -70,9 +77,9 @@ def draw_settings(method: str, trial: int) -> dict[str, Any]:
         settings["branches"] = str(rng.choice(["mlp", "neumf"]))
         settings["network_lr_scale"] = round(log_uniform(rng, 0.1, 10), 3)
     if method == "fedrap":
-        settings["own_lr_scale"] = round(log_uniform(rng, 0.01, 100) / lr, 5)
-        settings["independence"] = round(log_uniform(rng, 1e-4, 1.0), 6)
-        settings["sparsity"] = round(log_uniform(rng, 1e-4, 1.0), 6)
+        settings["own_lr_scale"] = round(log_uniform(rng, 0.01, 100 if wide else 10) / lr, 5)
+        settings["independence"] = round(log_uniform(rng, 1e-5, 1.0 if wide else 0.1), 7)
+        settings["sparsity"] = round(log_uniform(rng, 1e-5, 1.0 if wide else 0.1), 7)
     return settings
 
 
@@ -98,14 +105,38 @@ def done_trials(path: Path) -> list[dict[str, Any]]:
 
 
 def choose(folder: Path) -> None:
+    """Writes the best settings of every data set and method as flagfiles; fcf and fedavg are fedmf with presets."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for line in done_trials(path):
             found.setdefault((line["dataset"], line["method"]), []).append(line)
     for (dataset, method), lines in sorted(found.items()):
         best = max(lines, key=lambda line: line["score"])
-        print(f"# {dataset} {method}: trial {best['trial']} of {len(lines)}, validation {best['score']:.4f}")
-        print("\n".join(f"--set={name}={value}" for name, value in best["settings"].items()))
+        for name in (method, "fcf", "fedavg") if method == "fedmf" else (method,):
+            write_flags(dataset, name, best, len(lines))
+
+
+def write_flags(dataset: str, method: str, best: dict[str, Any], trials: int) -> None:
+    protocol, k = protocol_of(dataset), 50 if dataset == "ku" else 10
+    path = Path(FLAGS.flags_to) / f"{dataset.replace('-', '_')}_{method}.flags"
+    tested = ", ".join(f"{name} {best['test'][name]:.3f}" for name in (f"HR@{k}", f"NDCG@{k}"))
+    lines = [
+        f"# {method} on {dataset}: settings chosen on validation, best of {trials} random trials of fedmf's space."
+        if method in ("fcf", "fedavg")
+        else f"# {method} on {dataset}: settings chosen on validation, best of {trials} random trials.",
+        f"#   python launch.py --flagfile={path} --data_dir=DATA --workdir=runs/{path.stem}",
+        f"# Expected: test {tested} or near it (round {best['best_round']} of the trial, seed {SEED}, "
+        f"about {best['seconds']:.0f} s on a busy core).",
+        f"--dataset={dataset}",
+        f"--method={method}",
+        *(f"--{name}={value}" for name, value in protocol.items()),
+        f"--rounds={ROUNDS}",
+        f"--eval_every={EVAL_EVERY}",
+        f"--patience={2 * PATIENCE}",
+        *(f"--set={name}={value}" for name, value in best["settings"].items()),
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    print(f"{path}: validation {best['score']:.4f}, best of {trials}")
 
 
 def main(argv) -> None:
@@ -123,7 +154,7 @@ def main(argv) -> None:
     lines = [line for path in folder.glob("*.jsonl") for line in done_trials(path)]
     done = {(line["dataset"], line["method"], line["trial"]) for line in lines}
     # trial by trial over all data sets, so that a search that is cut short has searched all of them alike
-    jobs = [(t, d, m) for t in range(FLAGS.trials) for d in FLAGS.datasets for m in FLAGS.methods]
+    jobs = [(t, d, m) for t in range(FLAGS.first_trial, FLAGS.trials) for d in FLAGS.datasets for m in FLAGS.methods]
     for trial, dataset, method in jobs[part::parts]:
         if (dataset, method, trial) in done or time.perf_counter() - began > 60 * FLAGS.minutes:
             continue

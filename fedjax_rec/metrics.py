@@ -74,3 +74,18 @@ def beyond_accuracy(recommended: np.ndarray, popularity: np.ndarray, k: int) -> 
         f"Coverage@{k}": float((recommended > 0).mean()),
         f"PopularityBias@{k}": float(mean_recommended / max(mean_taken, 1e-12)),
     }
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
+    """Mean of a - b over clients with its 95 % interval (low, high), by the normal approximation.
+
+    Args:
+        a, b: one metric by client, [users] or [seeds, users] (averaged over seeds first); clients with NaN in either
+            are left out.
+    """
+    a, b = (np.mean(np.atleast_2d(x), axis=0) for x in (a, b))
+    difference = (a - b)[np.isfinite(a - b)]
+    if len(difference) < 2:
+        return float("nan"), float("nan"), float("nan")
+    half = 1.96 * difference.std(ddof=1) / np.sqrt(len(difference))
+    return float(difference.mean()), float(difference.mean() - half), float(difference.mean() + half)

@@ -43,8 +43,8 @@ class LocalConfig:
     """
 
     dim: int = 32
-    lr: float = 0.1
-    item_lr_scale: float = 100.0
+    lr: float = 2.0
+    item_lr_scale: float = 0.2
     optimizer: str = "sgd"
     server_optimizer: str = "sgd"
     server_lr: float = 1.0

@@ -167,3 +167,15 @@ def test_recommending_what_people_take_has_no_popularity_bias():
 def test_lists_of_nobody_cover_nothing():
     said = metrics.beyond_accuracy(np.zeros(4, int), np.zeros(4, int), 10)
     assert said == {"Coverage@10": 0.0, "PopularityBias@10": 0.0}
+
+
+def test_the_paired_difference_is_over_clients():
+    """Clients that differ a lot from each other but little between two methods: a narrow interval."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=400)
+    mean, low, high = metrics.paired_difference(base + 0.1 + 0.01 * rng.normal(size=400), base)
+    assert low < 0.1 < high and high - low < 0.01  # 2 * 1.96 * 0.01 / sqrt(400) is about 0.002
+    assert abs(mean - (low + high) / 2) < 1e-12
+    seeds = np.stack([base, base + 0.2])
+    np.testing.assert_allclose(metrics.paired_difference(seeds, base)[0], 0.1)  # float64 mean of 0 and 0.2
+    assert np.isnan(metrics.paired_difference(np.full(3, np.nan), np.ones(3))).all()

@@ -33,7 +33,7 @@ class Config(LocalConfig):
     the start. Others: see LocalConfig."""
 
     user_bias: bool = True
-    user_init_std: float = 0.1
+    user_init_std: float = 0.01
 
     def __post_init__(self):
         super().__post_init__()

@@ -32,7 +32,9 @@ class Config(LocalConfig):
     layers: tuple[int, ...] = (64, 32, 16)
     branches: str = "neumf"
     network_lr_scale: float = 1.0
-    user_init_std: float = 0.1
+    lr: float = 0.8
+    item_lr_scale: float = 1.0
+    user_init_std: float = 0.01
 
     def __post_init__(self):
         super().__post_init__()

@@ -40,10 +40,10 @@ class Config(LocalConfig):
     own_lr_scale: rate of the personal table relative to lr. own_init_std: its start.
     regularise: `batch` or `table`. rate_decay: factor on all rates per round. Others: see LocalConfig."""
 
-    independence: float = 0.01
-    sparsity: float = 0.01
+    independence: float = 0.001
+    sparsity: float = 0.001
     anneal: bool = True
-    own_lr_scale: float = 100.0
+    own_lr_scale: float = 0.2
     own_init_std: float = 0.0
     regularise: str = "batch"
     rate_decay: float = 1.0

@@ -27,9 +27,14 @@ from fedjax_rec.validate import one_of
 
 @dataclasses.dataclass(frozen=True)
 class Config(LocalConfig):
-    """Attributes: preset: `paper`, or `released` for the released code's rates and start. Others: LocalConfig."""
+    """Attributes: preset: `paper`, or `released` for the released code's item rate and start (its lr is 0.1, its
+    batches 256, its negatives 4). Others: LocalConfig. A small item_lr_scale keeps the tuning on the client gentle,
+    server_lr makes up for it in the shared table."""
 
     evaluate_at: str = "post_local"
+    item_lr_scale: float = 0.02
+    server_lr: float = 10.0
+    client_init: str = "shared"
     preset: str = "paper"
 
     def __post_init__(self):
@@ -45,7 +50,7 @@ def pfedrec(config: Config, num_users: int, num_items: int, name: str = "pfedrec
     """PFedRec; see the module docstring."""
     item_lr = config.item_lr(num_users)
     if config.preset == "released":
-        config = dataclasses.replace(config, client_init="shared", init_std=1.0)
+        config = dataclasses.replace(config, client_init="shared", init_std=1.0, server_lr=1.0)
         item_lr = config.lr * num_items * RELEASED_ITEM_RATE
     backbone = linear_head(config.dim)
 
