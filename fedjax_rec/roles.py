@@ -22,6 +22,9 @@ Step = Callable[[PyTree, Batch], tuple[PyTree, Float[Array, ""]]]
 Rate = float | Float[Array, ""]
 
 
+IN_BOUNDS = "promise_in_bounds"  # a batch's indices are the sampler's and need no check
+
+
 def item_roles(params: Mapping) -> Params:
     return {role: value for role, value in params.items() if role in ITEM_ROLES}
 
@@ -33,6 +36,11 @@ def other_roles(params: Mapping) -> Params:
 def take_rows(table: PyTree, rows: Int[Array, "n"]) -> PyTree:
     """Rows of every array in `table`. Indices beyond its end read the last row: callers mask what they got."""
     return jax.tree.map(lambda x: x.at[rows].get(mode="clip"), table)
+
+
+def batch_rows(tables: PyTree, batch: Batch) -> PyTree:
+    """The batch's rows of every array in `tables`."""
+    return jax.tree.map(lambda x: x.at[batch.item].get(mode=IN_BOUNDS), tables)
 
 
 def restrict(params: Params, rows: Int[Array, "rows"]) -> Params:
@@ -65,7 +73,7 @@ def sgd_step(loss: Loss, rates: Mapping[str, Rate]) -> Step:
     def step(params: Params, batch: Batch):
         tables, rest = item_roles(params), other_roles(params)
         moving_rest = {role: rest[role] for role in rest if role in rates}
-        vectors = take_rows(tables, batch.item)
+        vectors = batch_rows(tables, batch)
         moving_vectors = {role: vectors[role] for role in vectors if role in rates}
 
         def objective(moving, moving_items):
@@ -76,7 +84,9 @@ def sgd_step(loss: Loss, rates: Mapping[str, Rate]) -> Step:
         for role, grad in grads.items():
             new[role] = jax.tree.map(lambda p, g, r=rates[role]: p - r * g, params[role], grad)
         for role, grad in row_grads.items():
-            new[role] = jax.tree.map(lambda p, g, r=rates[role]: p.at[batch.item].add(-r * g), params[role], grad)
+            new[role] = jax.tree.map(
+                lambda p, g, r=rates[role]: p.at[batch.item].add(-r * g, mode=IN_BOUNDS), params[role], grad
+            )
         return new, value
 
     return step
@@ -84,7 +94,7 @@ def sgd_step(loss: Loss, rates: Mapping[str, Rate]) -> Step:
 
 def on_tables(loss: Loss) -> Callable[[Params, Batch], Float[Array, ""]]:
     """The same objective as a function of the whole tables: (params, batch) -> scalar."""
-    return lambda params, batch: loss(other_roles(params), take_rows(item_roles(params), batch.item), batch)
+    return lambda params, batch: loss(other_roles(params), batch_rows(item_roles(params), batch), batch)
 
 
 def optax_step(objective: Callable[[Params, Batch], Float[Array, ""]], optimizer) -> tuple[Callable, Step]:

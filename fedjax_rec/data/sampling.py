@@ -225,20 +225,19 @@ def draw_local_data(
 
     if size.dense:
         rows = jnp.arange(num_items, dtype=jnp.int32)
-        row_of_positive, row_of_draw = record.history, drawn
-        history = record.history
+        history, row_of_draw = record.history, drawn
+        item = record.history.at[jnp.clip(sample, 0, size.history - 1)].get(mode="promise_in_bounds")
     else:
         # equal draws are neighbours: the first keeps the row, the others point to it and leave a hole
-        rows = (
-            jnp.concatenate([record.history, jnp.where(first_of_run, drawn, num_items)])
-            if size.draws
-            else (record.history)
-        )
-        history = row_of_positive = jnp.arange(size.history, dtype=jnp.int32)
-        row_of_draw = size.history + jax.lax.cummax(jnp.where(first_of_run, j, 0)) if size.draws else drawn
-    item = row_of_positive[jnp.clip(sample, 0, size.history - 1)]
+        rows = record.history
+        row_of_draw = drawn
+        if size.draws:
+            rows = jnp.concatenate([rows, jnp.where(first_of_run, drawn, num_items)])
+            row_of_draw = size.history + jax.lax.cummax(jnp.where(first_of_run, j, 0))
+        history = jnp.arange(size.history, dtype=jnp.int32)
+        item = sample  # a positive's row is its place in the history
     if size.draws:
-        item = jnp.where(positive, item, row_of_draw[place])
+        item = jnp.where(positive, item, row_of_draw.at[place].get(mode="promise_in_bounds"))
     in_history = jnp.arange(size.history) < record.length
     return LocalData(
         rows=rows.astype(jnp.int32),
