@@ -41,7 +41,8 @@ def run_one(flagfile: Path, seed: int, workdir: Path) -> None:
         f"--data_dir={FLAGS.data_dir}", "--noprogress", "--noplots", "--checkpoint_every=0",
         f"--compile_cache={Path(FLAGS.out) / 'compiled'}", f"--k={','.join(FLAGS.k)}", *FLAGS.override,
     ]  # fmt: skip
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        print(f"{workdir}: no result (see above); the table counts the seeds that have one", file=sys.stderr)
 
 
 def spread(values: list[float]) -> str:
@@ -63,7 +64,7 @@ def table(dataset: str, runs: dict[str, list[Path]]) -> str:
     """Markdown for one data set: {method: workdirs of its seeds}."""
     names = [f"{name}@{k}" for k in FLAGS.k for name in ("HR", "NDCG")]
     wide = names[-2]
-    head = ["", *names, f"{wide} seen", f"{wide} unseen", "round", f"{names[1]} - {FLAGS.against}"]
+    head = ["", *names, f"{wide} seen", f"{wide} unseen", "seeds", "round", f"{names[1]} - {FLAGS.against}"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     summaries: dict[str, list[dict[str, Any]]] = {
         method: [json.loads((folder / "summary.json").read_text()) for folder in folders]
@@ -73,7 +74,7 @@ def table(dataset: str, runs: dict[str, list[Path]]) -> str:
     for method, said in summaries.items():
         cells = [spread([s["test"][name] for s in said]) for name in names]
         cells += [spread([s[part][wide] for s in said]) for part in ("test_seen", "test_unseen")]
-        cells += [f"{np.mean([s['best_round'] for s in said]):.0f}"]
+        cells += [str(len(said)), f"{np.mean([s['best_round'] for s in said]):.0f}"]
         other = base is not None and method != FLAGS.against
         cells += [paired(by_client(runs[method], names[1]), base) if other else ""]
         lines.append("| " + " | ".join([method, *cells]) + " |")
@@ -81,11 +82,11 @@ def table(dataset: str, runs: dict[str, list[Path]]) -> str:
     for ranker, said in first["reference_rankers"].items():
         cells = [f"{said['test'][name]:.4f}" for name in names]
         cells += [f"{said[part][wide]:.4f}" for part in ("test_seen", "test_unseen")]
-        lines.append("| " + " | ".join([f"*{ranker}*", *cells, "", ""]) + " |")
+        lines.append("| " + " | ".join([f"*{ranker}*", *cells, "", "", ""]) + " |")
     counts = first["counts"]
     title = (
         f"**{dataset}** ({counts['users']:,} users, {counts['items']:,} items), protocol {first['protocol']}, "
-        f"{len(next(iter(summaries.values())))} seeds, mean ± standard deviation over seeds"
+        "mean ± standard deviation over seeds"
     )
     return title + "\n\n" + "\n".join(lines) + "\n"
 
