@@ -16,7 +16,7 @@ import pytest
 
 from fedjax_rec import methods
 from fedjax_rec.data import clients, splits, synthetic
-from fedjax_rec.rounds import SERVER, START, Engine, client_key, clients_mesh, make_engine
+from fedjax_rec.rounds import SERVER, START, Engine, client_key, clients_mesh, make_engine, streams
 
 USERS, ITEMS, EMPTY = 41, 200, 5  # user EMPTY has no training item
 KEY = jax.random.key(7)
@@ -275,7 +275,7 @@ def test_uploads_are_finite_and_move_what_the_client_saw(case):
     own = jax.tree.map(lambda x: x[user], state.clients)
     key = client_key(KEY, jnp.int32(0), jnp.int32(user))
     _, upload, *_ = slow(case).client(key, shared, (), own, user, 0)
-    data = slow(case).data(jax.random.split(key, 3)[0], user, 0)
+    data = slow(case).data(streams(key)[0], user, 0)
     moved = (np.asarray(upload["item"]) != 0).any(axis=1)
     assert moved[slow(case).history(user)].all()
     assert set(np.flatnonzero(moved)) <= set(np.asarray(data.item)[np.asarray(data.mask) > 0])
