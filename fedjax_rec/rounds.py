@@ -28,7 +28,7 @@ from fedjax_rec.types import ITEM_ROLES, Params, PRNGKey, PyTree
 AXIS = "clients"
 SERVER = np.uint32(2**32 - 1)  # the server's stream of randomness: no user has this id
 START = np.uint32(2**32 - 1)  # the stream of the state before the first round: no round has this number
-CPU_BLOCK_BYTES = 2**20  # about half of one core's L2 cache
+CPU_BLOCK_BYTES = 2**18  # a few clients: their rows, changes and batches together stay in one core's L2 cache
 DEVICE_BLOCK_BYTES = 2**28  # enough clients to occupy an accelerator
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -158,8 +157,3 @@ def sharing_method(
         client_init=config.client_init,
         config=config,
     )
-
-
-def fields_of(config: Any) -> dict[str, Any]:
-    """A configuration as a plain dictionary, for logs."""
-    return dataclasses.asdict(config)
