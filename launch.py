@@ -39,7 +39,7 @@ flags.DEFINE_string("select_metric", "NDCG@10", "Validation metric that selects 
 flags.DEFINE_integer("patience", 0, "Stop after so many rounds without improvement on validation; 0 for never.")
 flags.DEFINE_integer("checkpoint_every", 100, "Rounds between checkpoints; 0 for only at the end.")
 flags.DEFINE_integer("block_size", 0, "Clients per block; 0 chooses.")
-flags.DEFINE_integer("max_buckets", 3, "Padded history widths at most; more run faster and compile longer.")
+flags.DEFINE_integer("max_buckets", 4, "Padded history widths at most; more run faster and compile longer.")
 flags.DEFINE_integer("devices", 0, "Devices to spread the clients over; 0 for all.")
 flags.DEFINE_integer("cpu_devices", 0, "On the CPU, virtual devices to make: 0 for one per core.")
 flags.DEFINE_integer("benchmark_rounds", 20, "Timed rounds of --mode=benchmark.")

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fedjax_rec.data.clients import padded_rows, row_offsets
 from fedjax_rec.data.sampling import Record, Sizes, epoch_steps
 from fedjax_rec.data.splits import Pairs, Split
-from fedjax_rec.method import LocalData
+from fedjax_rec.method import Batch, Listed, LocalData
 from fedjax_rec.protocols import HONEST, Protocol
 from fedjax_rec.roles import item_roles, put_rows
 from fedjax_rec.rounds import (
@@ -125,9 +125,7 @@ def catalogue_data(record: Record, num_items: int, round_: Int[Array, ""]) -> Lo
     return LocalData(
         rows=jnp.arange(num_items, dtype=jnp.int32),
         row_mask=jnp.ones(num_items, bool),
-        item=jnp.zeros((1, 1), jnp.int32),
-        label=jnp.zeros((1, 1)),
-        mask=jnp.zeros((1, 1)),
+        samples=Listed(Batch(jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1)), jnp.zeros((1, 1)))),
         history=jnp.where(in_history, record.history, 0),
         history_mask=in_history,
         num_samples=jnp.zeros(()),

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
@@ -31,32 +32,40 @@ class Server:
     private: PyTree
 
 
+class Batch(NamedTuple):
+    """One local step's samples; `item` points into the rows of the client's tables."""
+
+    item: Int[Array, "*steps batch"]
+    label: Float[Array, "*steps batch"]  # 1 for a positive, 0 for a negative
+    mask: Float[Array, "*steps batch"]  # 1 for a sample, 0 for padding
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """One client's samples of a round, in the order in which they are trained on."""
+
+    most_steps: int
+
+    def at(self, step: Int[Array, ""]) -> Batch:
+        """The samples of one local step."""
+
+
 @struct.dataclass
 class LocalData:
     """One client's data in one round, padded to static sizes.
 
-    `item` and `history` are indices into `rows`, so a method reads item vectors as `table[data.item[step]]`
+    `history` and the batches' `item` are indices into `rows`, so a method reads item vectors as `table[batch.item]`
     whether the table is the working set or the catalogue.
     """
 
     rows: Int[Array, "rows"]  # distinct item ids; padding = number of items
     row_mask: Bool[Array, "rows"]
-    item: Int[Array, "steps batch"]  # samples, already shuffled into batches
-    label: Float[Array, "steps batch"]  # 1 for a positive, 0 for a negative
-    mask: Float[Array, "steps batch"]  # 1 for a sample, 0 for padding
+    samples: Samples  # ask batch_at for a step's
     history: Int[Array, "history"]
     history_mask: Bool[Array, "history"]
     num_samples: Float[Array, ""]  # samples of one local epoch: positives and negatives
-    num_steps: Int[Array, ""]  # steps to run; the rest of `item` is padding
+    num_steps: Int[Array, ""]  # steps to run; what batch_at gives beyond them is padding
     round: Int[Array, ""]  # 0-based
-
-
-class Batch(NamedTuple):
-    """One local step's samples; `item` points into the rows of the client's tables."""
-
-    item: Int[Array, "batch"]
-    label: Float[Array, "batch"]
-    mask: Float[Array, "batch"]
 
 
 Client = Params
@@ -152,7 +161,25 @@ class Method(NamedTuple):
     config: Any = None
 
 
+@struct.dataclass
+class Listed:
+    """Samples given as arrays [steps, batch]."""
+
+    batches: Batch
+
+    @property
+    def most_steps(self) -> int:
+        return self.batches.item.shape[0]
+
+    def at(self, step: Int[Array, ""]) -> Batch:
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, step, keepdims=False), self.batches)
+
+
 def batch_at(data: LocalData, step: Int[Array, ""]) -> Batch:
     """The samples of one local step."""
-    take = lambda x: jax.lax.dynamic_index_in_dim(x, step, keepdims=False)
-    return Batch(take(data.item), take(data.label), take(data.mask))
+    return data.samples.at(step)
+
+
+def all_batches(data: LocalData) -> Batch:
+    """Every step's samples [steps, batch]."""
+    return jax.vmap(data.samples.at)(jnp.arange(data.samples.most_steps))

@@ -58,9 +58,19 @@ def masked_mean(values: Float[Array, "n"], mask: Float[Array, "n"]) -> Float[Arr
     return (values * mask).sum() / jnp.maximum(mask.sum(), 1.0)
 
 
+@jax.custom_jvp
+def _softplus(x: Float[Array, "n"]) -> Float[Array, "n"]:
+    return jax.nn.softplus(x)
+
+
+# the library's derivative goes through the logarithm again
+_softplus.defjvps(lambda tangent, _, x: tangent * jax.nn.sigmoid(x))
+
+
 def binary_cross_entropy(logits: Float[Array, "batch"], batch: Batch) -> Float[Array, ""]:
     """Mean binary cross-entropy of a batch, from logits."""
-    return masked_mean(optax.sigmoid_binary_cross_entropy(logits, batch.label), batch.mask)
+    # one softplus; the usual y log s(x) + (1 - y) log s(-x) takes two
+    return masked_mean(_softplus(logits) - batch.label * logits, batch.mask)
 
 
 def sgd_step(loss: Loss, rates: Mapping[str, Rate]) -> Step:

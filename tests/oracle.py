@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,14 @@ import numpy as np
 
 from fedjax_rec.data.sampling import Record, draw_local_data, epoch_steps, sizes
 from fedjax_rec.data.splits import Split
-from fedjax_rec.method import Aggregate, Method
+from fedjax_rec.method import Aggregate, LocalData, Method, all_batches
 from fedjax_rec.rounds import SERVER, State, client_key, streams
+
+
+def data_on_host(data: LocalData) -> types.SimpleNamespace:
+    """LocalData in NumPy, with every step's `item`, `label` and `mask` [steps, batch]."""
+    told = {name: np.asarray(value) for name, value in vars(data).items() if name != "samples"}
+    return types.SimpleNamespace(**told, **{k: np.asarray(v) for k, v in all_batches(data)._asdict().items()})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

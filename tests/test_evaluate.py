@@ -9,6 +9,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 from fedjax_rec import evaluate, methods, metrics
@@ -437,10 +438,10 @@ def scores_of_pfedrec(engine, state):
         return draw_local_data(key, record, sampling, size, ITEMS, engine.pool, steps, jnp.int32(ROUNDS))
 
     for position, user in enumerate(np.asarray(bucket.user)):
-        data = draw(jnp.int32(position))
-        items, labels = np.asarray(data.rows)[np.asarray(data.item)], np.asarray(data.label)
+        data = oracle.data_on_host(draw(jnp.int32(position)))
+        items, labels = data.rows[data.item], data.label
         table, weight, bias = shared["item"].copy(), own["head"]["weight"][user], own["head"]["bias"][user]
-        for item, label, mask in zip(items, labels, np.asarray(data.mask) > 0, strict=True):
+        for item, label, mask in zip(items, labels, data.mask > 0, strict=True):
             if not mask.any():
                 continue
             item, label = item[mask], label[mask]

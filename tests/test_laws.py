@@ -16,6 +16,7 @@ import pytest
 
 from fedjax_rec import methods
 from fedjax_rec.data import clients, splits, synthetic
+from fedjax_rec.method import all_batches
 from fedjax_rec.rounds import SERVER, START, Engine, client_key, clients_mesh, make_engine, streams
 
 USERS, ITEMS, EMPTY = 41, 200, 5  # user EMPTY has no training item
@@ -278,7 +279,8 @@ def test_uploads_are_finite_and_move_what_the_client_saw(case):
     data = slow(case).data(streams(key)[0], user, 0)
     moved = (np.asarray(upload["item"]) != 0).any(axis=1)
     assert moved[slow(case).history(user)].all()
-    assert set(np.flatnonzero(moved)) <= set(np.asarray(data.item)[np.asarray(data.mask) > 0])
+    batch = all_batches(data)
+    assert set(np.flatnonzero(moved)) <= set(np.asarray(batch.item)[np.asarray(batch.mask) > 0])
     for leaf in jax.tree.leaves(upload):
         assert np.isfinite(leaf).all()
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 from fedjax_rec import methods, metrics, reference, results, run
@@ -118,11 +118,6 @@ def test_random_ranks_differ_between_draws_and_users_and_repeat_with_the_seed():
 # ---- least sampled -------------------------------------------------------------------------------------------
 
 
-def on_host(data) -> types.SimpleNamespace:
-    """LocalData in NumPy (its own fields are checked to be JAX arrays)."""
-    return types.SimpleNamespace(**{name: np.asarray(value) for name, value in vars(data).items()})
-
-
 def slow_counts(evaluator, rounds, took_part=None) -> np.ndarray:
     """[users, items]: how often each item was this user's negative, from the draws of each round."""
     engine = evaluator.engine
@@ -141,7 +136,7 @@ def slow_counts(evaluator, rounds, took_part=None) -> np.ndarray:
         for round_ in range(rounds):
             if took_part is not None and not took_part[user, round_]:
                 continue
-            data = on_host(draw(jnp.int32(position), jnp.int32(round_)))
+            data = oracle.data_on_host(draw(jnp.int32(position), jnp.int32(round_)))
             for item, label, mask in zip(data.item.ravel(), data.label.ravel(), data.mask.ravel(), strict=True):
                 if mask and not label:
                     counts[user, data.rows[item]] += 1

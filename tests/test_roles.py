@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from fedjax_rec import roles
-from fedjax_rec.method import Batch, LocalData
+from fedjax_rec.method import Batch, Listed, LocalData
 
 ROWS = 7
 REPEATED = Batch(jnp.array([3, 1, 3, 3, 5]), jnp.array([1.0, 0, 1, 0, 1]), jnp.array([1.0, 1, 1, 1, 0]))
@@ -32,9 +32,7 @@ def data_of(*batches: Batch, num_steps=None) -> LocalData:
     return LocalData(
         rows=jnp.arange(ROWS),
         row_mask=jnp.ones(ROWS, bool),
-        item=stacked.item,
-        label=stacked.label,
-        mask=stacked.mask,
+        samples=Listed(stacked),
         history=jnp.arange(2),
         history_mask=jnp.ones(2, bool),
         num_samples=stacked.mask.sum(),

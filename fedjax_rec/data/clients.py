@@ -15,7 +15,7 @@ NEGATIVE_POOLS: dict[str, str] = {
     "outside_all": "everything outside ALL of the user's items: held-out items are never negatives (leaks)",
     "trained_items": "items of somebody's training data, outside the user's: other items are never negatives (leaks)",
 }
-MAX_BUCKETS = 3
+MAX_BUCKETS = 4
 BUCKET_COST = 0.02  # one more bucket must save this share of all slots to be worth its compilation
 
 
@@ -81,12 +81,14 @@ def padded_rows(pairs: Pairs, users: np.ndarray, offsets: np.ndarray, width: int
 
 
 def bucket_widths(lengths: np.ndarray, max_buckets: int = MAX_BUCKETS) -> list[int]:
-    """Padded widths (powers of two) that waste the fewest slots, with at most `max_buckets` of them.
+    """Padded widths that waste the fewest slots, with at most `max_buckets` of them.
 
-    Dynamic programme over the powers of two; a bucket that saves less than BUCKET_COST of all slots is not made.
+    Dynamic programme over 4, 5, 6 and 7 times the powers of two; a bucket that saves less than BUCKET_COST of all
+    slots is not made.
     """
-    top = max(int(np.ceil(np.log2(max(int(lengths.max(initial=1)), 4)))), 2)
-    widths = [2**p for p in range(2, top + 1)]
+    longest = int(lengths.max(initial=1))
+    steps = [quarter * 2**p for p in range(longest.bit_length()) for quarter in (4, 5, 6, 7)]
+    widths = steps[: int(np.searchsorted(steps, longest)) + 1]
     upto = [int((lengths <= w).sum()) for w in widths]
     penalty = BUCKET_COST * max(int(lengths.sum()), 1)
     best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(-1, 0): (0.0, ())}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 from fedjax_rec.data import sampling
@@ -161,7 +161,13 @@ def order_of(key, count: int, negatives: int, batch: int, width: int, epochs: in
     how = Sampling(negatives, batch, epochs)
     size = sizes(how, width, 10**7)
     steps = epoch_steps(how, size, jnp.int32(-(-count // (1 + negatives))))
-    index, mask, epoch = jax.jit(sampling._permuted, static_argnums=(2, 4))(key, jnp.uint32(count), size, steps, epochs)
+
+    @jax.jit
+    def orders(step):
+        order = sampling.draw_order(key, jnp.uint32(count), epochs)
+        return sampling.samples_of_step(order, jnp.uint32(count), size, steps, step)
+
+    index, mask, epoch = jax.vmap(orders)(jnp.arange(epochs * size.steps))
     index, mask = np.asarray(index), np.asarray(mask)
     assert (np.asarray(epoch)[: epochs * int(steps)] == np.repeat(np.arange(epochs), int(steps))).all()
     assert not mask[epochs * int(steps) :].any()
@@ -220,7 +226,7 @@ def local(history, how: Sampling, *, forbidden=None, pool=None, width=None, num_
     steps = epoch_steps(how, size, jnp.int32(min(len(history) + 3, size.history)))
     places = None if pool is None else jnp.asarray(pool)
     data = draw(jax.random.key(seed), client, steps, places, how=how, size=size, num_items=num_items)
-    return SimpleNamespace(**{name: np.asarray(value) for name, value in vars(data).items()}), size
+    return oracle.data_on_host(data), size
 
 
 def epochs_of(data, how: Sampling):
