@@ -16,7 +16,7 @@ import numpy as np
 
 from fedjax_rec.data.sampling import Record, draw_local_data, epoch_steps, sizes
 from fedjax_rec.data.splits import Split
-from fedjax_rec.method import Aggregate, LocalData, Method, all_batches
+from fedjax_rec.method import Aggregate, Listed, LocalData, Method, all_batches
 from fedjax_rec.rounds import SERVER, State, client_key, streams
 
 
@@ -76,11 +76,11 @@ class Oracle:
         mine = self.history(user)
         steps = epoch_steps(self.method.sampling, self.sizes, jnp.int32(len(mine)))
         local = self._draw(key, self.record(user), steps, jnp.int32(round_))
-        rows = local.rows
+        rows, batches = local.rows, all_batches(local)
         return local.replace(
             rows=jnp.arange(self.split.num_items),
             row_mask=jnp.ones(self.split.num_items, bool),
-            item=rows[local.item],
+            samples=Listed(batches._replace(item=rows[batches.item])),
             history=rows[local.history],
         )
 
