@@ -32,9 +32,10 @@ WORDS = [
     ".",
     "##s",
 ]
+# patch_dropout acts in training mode only: it shows a model that was left in it
 CLIP_CONFIG = {
     "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16},
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16, "patch_dropout": 0.5},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
 
