@@ -48,7 +48,7 @@ def load(
     origin = weights or name
     tokenizer = AutoTokenizer.from_pretrained(origin)
     model, info = AutoModel.from_pretrained(origin, dtype=torch.float32, output_loading_info=True)
-    model = model.to(device).eval()
+    model = model.to(device)  # in evaluation mode, as from_pretrained returns it
     absent = sorted(key for key in info["missing_keys"] if not key.startswith(UNUSED))
     if absent:
         raise ValueError(
