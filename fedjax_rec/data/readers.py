@@ -196,6 +196,34 @@ def read_csv(path: Path) -> pd.DataFrame:
     return _feedback(_with_header(path, _text(path, "utf-8-sig")), path)
 
 
+def read_items(path: Path, id_column: str, text_columns: Iterable[str] = ()) -> pd.DataFrame:
+    """A comma-separated table of items with a header, one row an item: the side information of a data set.
+
+    Returns:
+        The column `item`, int64 or text by the rule of `read_csv`, so that ids join to interactions, and the
+        `text_columns` as text, empty where nothing stands.
+
+    Raises:
+        DataError: a column is missing, an id is empty or stands twice, or the file is broken.
+    """
+    columns = [id_column, *text_columns]
+    as_text = (*text_columns, *([id_column] if _canonical(id_column) in TEXT_IDS else []))
+    frame = _parsed(path, _text(path, "utf-8-sig"), ",", None, as_text)
+    for name in columns:
+        if name not in frame:
+            raise DataError(
+                f"{path}, line 1: no column '{name}' among {list(frame.columns)}; give the name of one that is there"
+            )
+    items = frame[id_column]
+    if items.isna().any():
+        refuse(items, str(path), items.isna().to_numpy(), "an item id")
+    if _canonical(id_column) not in TEXT_IDS:
+        items = _number_ids(items, path).rename(id_column)
+    if items.duplicated().any():
+        refuse(items, str(path), items.duplicated().to_numpy(), "an id that did not stand before")
+    return frame[list(text_columns)].fillna("").assign(item=items)
+
+
 def read_inter(path: Path) -> pd.DataFrame:
     """A RecBole atomic file: tab-separated, header `user_id:token item_id:token rating:float ...`.
 
