@@ -20,6 +20,7 @@ flags.DEFINE_enum("mode", "train", ["train", "evaluate", "benchmark"], "What to 
 flags.DEFINE_string("workdir", None, "Folder of the run; a run with a checkpoint there is resumed.")
 flags.DEFINE_string("method", "fedmf", "Method; an unknown name is answered with the known ones.")
 flags.DEFINE_multi_string("set", [], "A method setting, key=value; repeat for more.")
+flags.DEFINE_string("backbone", None, "Client model of the methods that work over several; short for --set backbone=.")
 flags.DEFINE_string("dataset", "synthetic", "Data set name, or path of a .csv, .inter or Amazon .json.gz.")
 flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders.")
 flags.DEFINE_string("split", "leave_one_out", "leave_one_out, given or cold_items.")
@@ -93,6 +94,8 @@ def config_from_flags():
     from fedjax_rec.run import RunConfig
 
     settings = assignments(FLAGS.set, "set")
+    if FLAGS.backbone:
+        settings["backbone"] = FLAGS.backbone
     chosen = make_config(FLAGS.method, settings)
     return RunConfig(
         method=FLAGS.method,

@@ -17,8 +17,9 @@ from fedjax_rec.data.features import Features
 from fedjax_rec.data.interactions import Filters, Interactions
 from fedjax_rec.data.splits import Split
 from fedjax_rec.evaluate import Evaluator, make_evaluator
+from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.method import Method
-from fedjax_rec.methods import METHODS, make_config
+from fedjax_rec.methods import METHODS, assemble, make_config
 from fedjax_rec.protocols import Protocol, describe, protocol
 from fedjax_rec.rounds import Cohort, Engine, make_engine
 from fedjax_rec.system import available_bytes, device_name
@@ -160,7 +161,9 @@ def prepare(config: RunConfig, data: tuple | None = None) -> Experiment:
     chosen = protocol(config.protocol, config.method)
     forced = {k: v for k, v in (("draw", chosen.draw), ("redraw", chosen.redraw)) if v is not None}
     settings = make_config(config.method, {**forced, **config.settings})
-    method = METHODS[config.method].build(settings, split.num_users, split.num_items, name=config.method)
+    warm = None if split.candidates is None else np.asarray(split.candidates["train"], bool)
+    catalogue = Catalogue({name: feature.values for name, feature in features.items()}, warm)
+    method = assemble(config.method, settings, split.num_users, split.num_items, catalogue)
     devices = config.devices or len(jax.devices())
     if devices > len(jax.devices()):
         raise UsageError(f"--devices={devices}: only {len(jax.devices())} are there; give at most that, or 0 for all")

@@ -52,6 +52,10 @@ PUBLISHED: dict[str, Protocol] = {
     "fedavg": _TRAINED_ITEMS,
     "fcf": _TRAINED_ITEMS,
     "fedncf": _TRAINED_ITEMS,
+    "fedvlr": _TRAINED_ITEMS,
+    "fedmr": _TRAINED_ITEMS,
+    "mlp_fusion": _TRAINED_ITEMS,
+    "fedvbpr": _TRAINED_ITEMS,
     # the released code of PFedRec, FedRAP and FedRKG (whose baseline FedMF is)
     "fedmf": _OUTSIDE_ALL,
     "pfedrec": _OUTSIDE_ALL,

@@ -129,7 +129,7 @@ def summarise(
     said = results_of(ready, best.ranks) if best is not None else {}
     return {
         "method": config.method,
-        "backbone": None,
+        "backbone": getattr(ready.method.config, "backbone", None),
         "settings": dataclasses.asdict(ready.method.config),
         "dataset": config.dataset,
         "counts": {

@@ -21,7 +21,7 @@ from jaxtyping import Array, ArrayLike, Int, Integer
 
 from fedjax_rec.data.clients import Bucket, Clients
 from fedjax_rec.data.sampling import MAX_SAMPLES, Record, Sizes, draw_local_data, epoch_steps, sizes
-from fedjax_rec.method import Client, Mail, Method, Server
+from fedjax_rec.method import Aggregate, Client, Mail, Method, Server
 from fedjax_rec.roles import restrict
 from fedjax_rec.types import ITEM_ROLES, Params, PRNGKey, PyTree
 
@@ -104,6 +104,9 @@ class Engine:
     def round(self, key: PRNGKey, state: State, round_: int, cohort: Cohort | None = None):
         """One federated round: (state, info). `state` is donated.
 
+        Three compiled functions: what the server publishes (fusion, generation), all clients' local work with its
+        aggregation, and the server's step. Only the second one's cost grows with the clients.
+
         Args:
             key: the run's key; the round's is folded from it.
             round_: 0-based.
@@ -112,7 +115,13 @@ class Engine:
         Returns:
             the new state, and info: means over the clients that took part, with `clients` their number.
         """
-        return _round(self, key, state, jnp.asarray(round_, jnp.int32), cohort or self.everybody)
+        round_ = jnp.asarray(round_, jnp.int32)
+        shared = publish(self, key, state.server, round_)
+        clients, received, info = _client_round(
+            self, key, shared, state.clients, state.mail, round_, cohort or self.everybody
+        )
+        server, mail = server_step(self, key, state.server, round_, received)
+        return State(server, clients, mail), info
 
     @functools.cached_property
     def everybody(self) -> Cohort:
@@ -203,17 +212,20 @@ def _blocks(engine: Engine) -> tuple[int, ...]:
 
 def row_bytes(engine: Engine) -> int:
     """Bytes of one item row over all item roles that a client holds."""
-    state = jax.eval_shape(lambda k: _fresh_state(engine.method, k), jax.random.key(0))
-    shared = jax.eval_shape(lambda k: engine.method.publish(k, state.server), jax.random.key(0))
+    state, shared = _shapes(engine.method)
     tables = [v for tree in (shared, state.clients) for r, v in tree.items() if r in ITEM_ROLES]
     return sum(int(np.prod(x.shape[1:])) * x.dtype.itemsize for x in jax.tree.leaves(tables))
 
 
-def _fresh_state(method: Method, key: PRNGKey) -> State:
-    """Server and one client, for shapes."""
-    server = method.init_server(key)
-    shared = method.publish(key, server)
-    return State(server, method.init_client(key, shared), ())
+def _shapes(method: Method) -> tuple[State, Params]:
+    """Shapes of the server with one client, and of what is published."""
+
+    def fresh(key):
+        server = method.init_server(key)
+        shared = method.publish(key, server)
+        return State(server, method.init_client(key, shared), ()), shared
+
+    return jax.eval_shape(fresh, jax.eval_shape(lambda: jax.random.key(0)))
 
 
 # ---- one client --------------------------------------------------------------------------------------------
@@ -314,24 +326,28 @@ def publish(engine: Engine, key: PRNGKey, server: Server, round_: Int[Array, ""]
     return engine.method.publish(k_publish, server)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _round(engine: Engine, key: PRNGKey, state: State, round_: Int[Array, ""], cohort: Cohort):
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _client_round(engine: Engine, key, shared: Params, clients: Client, mail: Mail, round_, cohort: Cohort):
+    """All clients' local work: (their state, the aggregate, means for the log)."""
     method = engine.method
-    _, k_server = jax.random.split(client_key(key, round_, SERVER))
-    shared = publish(engine, key, state.server, round_)
-    body = functools.partial(_local_pass, engine)
     clients, folded, totals = jax.shard_map(
-        body,
+        functools.partial(_local_pass, engine),
         mesh=engine.mesh,
         in_specs=(P(), P(), P(), P(AXIS), P(AXIS), P(AXIS), P(AXIS), P()),
         out_specs=(P(AXIS), P(), P()),
         check_vma=False,
-    )(key, round_, shared, state.clients, state.mail, engine.buckets, cohort, engine.pool)
+    )(key, round_, shared, clients, mail, engine.buckets, cohort, engine.pool)
     count = totals["clients"]
     received = method.aggregator.finish(folded, totals["weight"], count)
-    server, mail = method.server_update(k_server, state.server, received)
     info = {name: total / jnp.maximum(count, 1) for name, total in totals["info"].items()}
-    return State(server, clients, mail), {**info, "clients": count}
+    return clients, received, {**info, "clients": count}
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def server_step(engine: Engine, key: PRNGKey, server: Server, round_: Int[Array, ""], received: Aggregate):
+    """The server's answer to a round: (server, mail)."""
+    _, k_server = jax.random.split(client_key(key, round_, SERVER))
+    return engine.method.server_update(k_server, server, received)
 
 
 def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, cohort, pool):
@@ -399,8 +415,7 @@ def _bytes(tree: PyTree) -> int:
 
 def _bytes_per_client(engine: Engine) -> dict[str, int]:
     method, spec = engine.method, engine.clients
-    state = jax.eval_shape(lambda k: _fresh_state(method, k), jax.random.key(0))
-    shared = jax.eval_shape(lambda k: method.publish(k, state.server), jax.random.key(0))
+    state, shared = _shapes(method)
     stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), state.clients)
     largest = int(np.argmax([s.rows for s in engine.sizes]))
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
@@ -422,7 +437,7 @@ def _bytes_per_client(engine: Engine) -> dict[str, int]:
 
 def _memory_bytes(engine: Engine) -> dict[str, int]:
     method, spec = engine.method, engine.clients
-    state = jax.eval_shape(lambda k: _fresh_state(method, k), jax.random.key(0))
+    state, _ = _shapes(method)
     row = row_bytes(engine)
     # a block holds its rows before and after training, their change, and the batch's vectors with gradients
     in_flight = max(

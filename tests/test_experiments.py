@@ -28,8 +28,8 @@ SETTINGS = """
 import sys
 sys.path.insert(0, "experiments")
 import tune
-from fedjax_rec.methods import METHODS, make_config
-for method in METHODS:
+from fedjax_rec.methods import make_config
+for method in tune.METHODS:
     for trial in (0, 1, 2):
         make_config(method, tune.draw_settings(method, trial))
         assert tune.draw_settings(method, trial) == tune.draw_settings(method, trial)

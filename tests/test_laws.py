@@ -16,8 +16,10 @@ import pytest
 
 from fedjax_rec import methods
 from fedjax_rec.data import clients, splits, synthetic
+from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.method import all_batches
 from fedjax_rec.rounds import SERVER, START, Engine, client_key, clients_mesh, make_engine, streams
+from fedjax_rec.types import ITEM_ROLES
 
 USERS, ITEMS, EMPTY = 41, 200, 5  # user EMPTY has no training item
 KEY = jax.random.key(7)
@@ -33,7 +35,15 @@ class Case(NamedTuple):
 
 
 TOWER = {"layers": (8, 4)}
-PLAIN = {name: Case(name, TOWER if name == "fedncf" else {}) for name in methods.METHODS}
+VIEWS = {"id_dim": 6, "local_epochs": 2, "fusion_lr_scale": 2.0}
+OWN = {
+    "fedncf": TOWER,
+    "fedvlr": VIEWS,
+    "fedmr": VIEWS,
+    "mlp_fusion": VIEWS,
+    "fedvbpr": {**VIEWS, "id_dim": 2},
+}
+PLAIN = {name: Case(name, OWN.get(name, {})) for name in methods.METHODS}
 TWICE = {"redraw": "epoch", "local_epochs": 2}
 SPECIAL = {
     "momentum": Case(
@@ -46,10 +56,15 @@ SPECIAL = {
     ),
     "fresh negatives": Case("fedrap", {**TWICE, "rate_decay": 0.9}, "trained_items"),
     "whole table": Case("fedrap", {"regularise": "table", "batch_size": 0}),
+    "views over fedncf": Case("fedvlr", {**VIEWS, **TOWER, "backbone": "fedncf", "router": "item"}),
+    "views over pfedrec": Case("fedvlr", {**VIEWS, "backbone": "pfedrec", "router": "batch_mean", "batch_size": 0}),
+    "views over fedrap": Case("fedvlr", {**VIEWS, "backbone": "fedrap", "operators": ("gate", "attention")}),
+    "copies of the fusion": Case("fedvlr", {**VIEWS, "backbone": "fedrap", "update": "parameters"}, "trained_items"),
 }
 CASES = PLAIN | SPECIAL
-DISTINCT = ["fedmf", "fedncf", "pfedrec", "fedrap"]  # fcf and fedavg are fedmf with other settings
-SPARSE = [*DISTINCT, "momentum", "adam", "fresh negatives"]
+DISTINCT = ["fedmf", "fedncf", "pfedrec", "fedrap", "fedvlr", "fedvbpr"]  # others are these with other settings
+FUSED = [name for name in SPECIAL if "views" in name or "fusion" in name]
+SPARSE = [*DISTINCT, "momentum", "adam", "fresh negatives", *(case for case in FUSED if case != "views over pfedrec")]
 traces: Counter = Counter()  # of a round, by engine
 
 
@@ -64,7 +79,9 @@ def split() -> splits.Split:
 @functools.cache
 def method(case: str):
     name, settings, _ = CASES[case]
-    return methods.build(name, USERS, ITEMS, **{**SMALL, **settings})
+    features = synthetic.make(USERS, ITEMS, min_history=4, median_history=9, max_history=30).features
+    catalogue = Catalogue({modality: feature.values for modality, feature in features.items()})
+    return methods.build(name, USERS, ITEMS, catalogue, **{**SMALL, **settings})
 
 
 @functools.cache
@@ -277,7 +294,8 @@ def test_uploads_are_finite_and_move_what_the_client_saw(case):
     key = client_key(KEY, jnp.int32(0), jnp.int32(user))
     _, upload, *_ = slow(case).client(key, shared, (), own, user, 0)
     data = slow(case).data(streams(key)[0], user, 0)
-    moved = (np.asarray(upload["item"]) != 0).any(axis=1)
+    (table,) = (jax.tree.leaves(upload[role])[0] for role in upload if role in ITEM_ROLES)
+    moved = (np.asarray(table).reshape(ITEMS, -1) != 0).any(axis=1)
     assert moved[slow(case).history(user)].all()
     batch = all_batches(data)
     assert set(np.flatnonzero(moved)) <= set(np.asarray(batch.item)[np.asarray(batch.mask) > 0])

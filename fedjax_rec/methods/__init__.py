@@ -6,17 +6,20 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.method import Method
-from fedjax_rec.methods import fedmf, fedncf, fedrap, pfedrec
+from fedjax_rec.methods import fedmf, fedncf, fedrap, fusion, pfedrec
 from fedjax_rec.sharing import LocalConfig
 from fedjax_rec.validate import nearest, one_of
 
 
 class Entry(NamedTuple):
-    """build: (config, num_users, num_items, name) -> Method; config: its settings with their defaults."""
+    """build: (config, num_users, num_items, name[, catalogue]) -> Method; config: its settings with their defaults;
+    reads_items: whether it takes the catalogue's features."""
 
     build: Callable[..., Method]
     config: LocalConfig
+    reads_items: bool = False
 
 
 METHODS: dict[str, Entry] = {
@@ -26,6 +29,7 @@ METHODS: dict[str, Entry] = {
     "fedncf": Entry(fedncf.fedncf, fedncf.Config()),
     "pfedrec": Entry(pfedrec.pfedrec, pfedrec.Config()),
     "fedrap": Entry(fedrap.fedrap, fedrap.Config()),
+    **{name: Entry(fusion.multimodal, config, reads_items=True) for name, config in fusion.PRESETS.items()},
 }
 
 
@@ -48,9 +52,18 @@ def make_config(name: str, settings: Mapping[str, Any]) -> LocalConfig:
     return dataclasses.replace(default, **coerced)
 
 
-def build(name: str, num_users: int, num_items: int, **settings: Any) -> Method:
-    """A method by name: `build("pfedrec", users, items, lr=0.05)`."""
-    return METHODS[name].build(make_config(name, settings), num_users, num_items, name=name)
+def build(name: str, num_users: int, num_items: int, catalogue: Catalogue | None = None, **settings: Any) -> Method:
+    """A method by name: `build("pfedrec", users, items, lr=0.05)`. Methods that fuse item features need the
+    catalogue."""
+    return assemble(name, make_config(name, settings), num_users, num_items, catalogue or Catalogue({}))
+
+
+def assemble(name: str, config: LocalConfig, num_users: int, num_items: int, catalogue: Catalogue) -> Method:
+    """A method from its finished configuration."""
+    entry = METHODS[name]
+    if entry.reads_items:
+        return entry.build(config, num_users, num_items, name, catalogue)
+    return entry.build(config, num_users, num_items, name=name)
 
 
 def _coerce(name: str, value: Any, default: Any) -> Any:
@@ -61,10 +74,11 @@ def _coerce(name: str, value: Any, default: Any) -> Any:
         if isinstance(default, bool):
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
         if isinstance(default, tuple):
-            return tuple(int(part) for part in value.replace("(", "").replace(")", "").split(",") if part)
+            parts = [part.strip(" '\"") for part in value.replace("(", "").replace(")", "").split(",") if part]
+            return tuple(map(type(default[0]) if default else str, parts))
         return type(default)(value)
     except (KeyError, ValueError):
-        expected = {bool: "true or false", int: "an integer", float: "a number", tuple: "integers a,b,c"}
+        expected = {bool: "true or false", int: "an integer", float: "a number", tuple: "values a,b,c"}
         raise ValueError(
             f"--set {name}={value}: expected {expected.get(type(default), 'text')}, like {default}"
         ) from None

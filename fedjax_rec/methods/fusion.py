@@ -1,0 +1,419 @@
+"""FedVLR, FedMR and their multimodal baselines: item views made by the server, mixed by a private router.
+
+    F_j = g_j(V, C, D; gamma_j)            the server publishes views (see item_sources/views.py)
+    client, A local epochs with F fixed:   theta_u, phi_u <- SGD;   G_u <- G_u + dL_u/dF on the rows it touches
+    G = sum_u alpha_u G_u                  sum of alpha_u is 1
+    (D, gamma) <- (D, gamma) - rate * (dF / d(D, gamma))^T G        one backward pass on the server
+
+Follows: Li et al., FedVLR, Eqs. 2-5 and Algorithm 1, and FedMR, Eqs. 4-7 and Algorithm 1, which it renames. Since F is
+linear in its cotangent, summing the clients' cotangents and pulling them back once equals Algorithm 1's sum of
+per-client gradients of D and gamma.
+
+    fedvlr      router over Sum, MLP and Gate
+    fedmr       the same algorithm with the settings of FedMR's release: equal weights of uploads, no layer norm
+    mlp_fusion  one MLP view, no router ("+MLP")
+    fedvbpr     ID vector beside a linear map of the features; clients train copies ("+VBPR")
+
+Deviations: one rate for everything is the papers'; here D steps by lr * item_lr_scale * clients and gamma by
+lr * fusion_lr_scale, because a row's few clients are a small part of the mean. fedvbpr keeps the backbone's pointwise
+loss instead of BPR, so that only the fusion differs. `update=parameters` is the released code: clients train copies of
+D and gamma, which the server averages. Its broken gate, double softmax and per-batch layers are not reproduced, but for
+`router=batch_mean`. The L2 weight acts on D and gamma (no released model uses it).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedjax_rec import aggregate
+from fedjax_rec.backbones.fused import BACKBONES, Fused, fused_backbone
+from fedjax_rec.item_sources import Catalogue, views
+from fedjax_rec.item_sources.views import ID
+from fedjax_rec.method import Batch, LocalData, Method, Server, batch_at
+from fedjax_rec.roles import IN_BOUNDS, batch_rows, binary_cross_entropy, by_role, difference, item_roles, other_roles
+from fedjax_rec.sharing import SERVER_OPTIMIZERS, LocalConfig, item_table
+from fedjax_rec.validate import one_of, positive
+
+ABLATIONS = ("keep", "drop", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(LocalConfig):
+    """Settings of the multimodal methods; those of LocalConfig besides.
+
+    Attributes:
+        backbone: one of fedavg, fcf, fedncf, pfedrec, fedrap.
+        operators: names in views.OPERATORS; one alone needs no router (Sum, MLP and Gate alone are the papers'
+            ablations of Mix).
+        id_dim: width of the trainable ID table D before its projection to `dim`.
+        update: `gradients` (Algorithm 1) or `parameters`.
+        router, temperature, router_lr_scale: see views.router_weights; rate of the router relative to lr.
+        fusion_lr_scale: rate of gamma relative to lr.
+        layer_norm: after every projection, as the FedVLR code at hand has it.
+        centre: features are centred on their mean over the items that training may touch.
+        visual, text, ids: each modality `keep`, `drop` (zeros) or `random` (a fixed normal draw of the same scale).
+        noise_std: standard deviation of Gaussian noise on every client's upload, drawn once on the server with the
+            variance of the weighted mean. noise_on: `gradients` of D and gamma, as in the papers' tables, or the
+            `views` cotangents that are really sent.
+        l2: weight decay of D and gamma.
+        cold_ids: ID rows of items that training never touches: `zero` or the `mean` of the others.
+        user_init_std, layers, branches, network_lr_scale, independence, sparsity, anneal, own_lr_scale,
+            own_init_std: of the backbones, see fedmf, fedncf and fedrap.
+    """
+
+    dim: int = 64
+    lr: float = 0.5
+    item_lr_scale: float = 1.0
+    negatives: int = 1
+    batch_size: int = 2048
+    local_epochs: int = 5
+    redraw: str = "epoch"
+    backbone: str = "fedavg"
+    operators: tuple[str, ...] = ("sum", "mlp", "gate")
+    id_dim: int = 512
+    update: str = "gradients"
+    router: str = "user"
+    temperature: float = 1.0
+    router_lr_scale: float = 1.0
+    fusion_lr_scale: float = 1.0
+    layer_norm: bool = False
+    centre: bool = True
+    visual: str = "keep"
+    text: str = "keep"
+    ids: str = "keep"
+    noise_std: float = 0.0
+    noise_on: str = "gradients"
+    l2: float = 0.0
+    cold_ids: str = "zero"
+    user_init_std: float = 0.01
+    layers: tuple[int, ...] = (64, 32, 16)
+    branches: str = "neumf"
+    network_lr_scale: float = 1.0
+    independence: float = 0.001
+    sparsity: float = 0.001
+    anneal: bool = True
+    own_lr_scale: float = 0.2
+    own_init_std: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of("backbone", self.backbone, BACKBONES)
+        one_of("optimizer", self.optimizer, ("sgd",))
+        one_of("update", self.update, ("gradients", "parameters"))
+        one_of("router", self.router, views.ROUTERS)
+        one_of("noise_on", self.noise_on, ("gradients", "views"))
+        one_of("cold_ids", self.cold_ids, ("zero", "mean"))
+        positive("operators", len(self.operators))
+        if self.operators != ("vbpr",):
+            for operator in self.operators:
+                one_of("operators", operator, views.OPERATORS)
+        for name in ("visual", "text", "ids"):
+            one_of(name, getattr(self, name), ABLATIONS)
+        for name in ("id_dim", "temperature", "fusion_lr_scale", "router_lr_scale"):
+            positive(name, getattr(self, name))
+        for name in ("noise_std", "l2"):
+            positive(name, getattr(self, name), zero_allowed=True)
+        if self.update == "parameters" and self.noise_std and self.noise_on == "views":
+            raise ValueError("noise_on=views with update=parameters: no views are sent; set noise_on=gradients")
+        if self.operators == ("vbpr",) and self.id_dim != self.dim // 2:
+            raise ValueError(f"id_dim={self.id_dim}: fedvbpr's ID vectors are half as wide as dim={self.dim}")
+
+
+PRESETS = {
+    "fedvlr": Config(),
+    "fedmr": Config(weighting="equal"),
+    "mlp_fusion": Config(operators=("mlp",)),
+    "fedvbpr": Config(operators=("vbpr",), id_dim=32, update="parameters"),
+}
+MODALITY_OF = {"image": "visual", "text": "text"}  # the setting that keeps, drops or randomises a modality
+
+
+def features_of(config: Config, catalogue: Catalogue) -> dict[str, np.ndarray]:
+    """The frozen features as the settings want them, float32 [items, feat] by modality.
+
+    Raises:
+        ValueError: without any features.
+    """
+    if not catalogue.features:
+        raise ValueError(
+            "this method fuses item features and the data set has none: expected feature files beside the "
+            "interactions (see the README's table of data sets); choose another --dataset or an ID-based --method"
+        )
+    rng = np.random.default_rng(0)
+    found = {}
+    for name in sorted(catalogue.features):
+        values = np.asarray(catalogue.features[name], np.float32)
+        rule = getattr(config, MODALITY_OF.get(name, ""), "keep")
+        if config.centre:
+            warm = slice(None) if catalogue.warm is None else catalogue.warm
+            values = values - values[warm].mean(0)
+        if rule == "random":
+            values = values.std() * rng.standard_normal(values.shape).astype(np.float32)
+        found[name] = np.zeros_like(values) if rule == "drop" else values
+    return found
+
+
+def multimodal(config: Config, num_users: int, num_items: int, name: str, catalogue: Catalogue) -> Method:
+    """Any of the four methods; see the module docstring."""
+    features = {k: jnp.asarray(v) for k, v in features_of(config, catalogue).items()}
+    warm = None if catalogue.warm is None else jnp.asarray(catalogue.warm)
+    backbone = fused_backbone(config.backbone, num_items, config)
+    module = views.fusion(config.operators, config.dim, layer_norm=config.layer_norm)
+    weighting = backbone.weighting if name != "fedmr" else config.weighting
+    weight = {"equal": aggregate.equal, "by_size": aggregate.by_size}[weighting]
+    client = _ClientSide(config, backbone, num_users)
+    optimizer = _server_optimizer(config, num_users)
+
+    def init_trainable(key):
+        k_id, k_operators = jax.random.split(key)
+        table = jnp.zeros((num_items, config.id_dim))
+        if config.ids != "drop":
+            std = 1.0 / np.sqrt(config.id_dim) if config.ids == "random" else config.init_std
+            table = item_table(k_id, num_items, config.id_dim, std)
+        example = {ID: table[:1], **{m: f[:1] for m, f in features.items()}}
+        return {ID: table, "operators": module.init(k_operators, example)}
+
+    def fuse(trainable, features):
+        table = views.fill_cold(trainable[ID], warm, config.cold_ids)
+        return module.apply(trainable["operators"], {ID: table, **features})
+
+    def init_server(key):
+        k_shared, k_trainable = jax.random.split(key)
+        shared, trainable = backbone.init_shared(k_shared), init_trainable(k_trainable)
+        if config.update == "parameters":
+            shared = {**shared, "guide": {ID: trainable[ID], **features}, "fusion": trainable["operators"]}
+            return Server(shared=shared, private={"optimizer": ()})
+        private = {"trainable": trainable, "optimizer": optimizer.init(trainable), "features": features}
+        return Server(shared=shared, private=private)
+
+    def publish(key, server):
+        if config.update == "parameters":
+            guide = server.shared["guide"]
+            table = views.fill_cold(guide[ID], warm, config.cold_ids)
+            return {**server.shared, "guide": {**guide, ID: table}}
+        return {**server.shared, "views": fuse(server.private["trainable"], server.private["features"])}
+
+    def local_update(key, shared, params, data):
+        if config.update == "parameters":
+            return client.train_copies(params, data, module)
+        return client.train(params, data)
+
+    def upload(key, shared, params, update, data):
+        kept = {role: params[role] for role in params if role not in shared}
+        # squared weights tell the server the variance of a weighted mean of noise
+        return kept, {**update, "weight": weight(data)} if config.noise_std else update
+
+    def server_update(key, server, received):
+        sent = dict(received.value)
+        variance = sent.pop("weight", 0.0) / jnp.maximum(received.weight, 1e-12)  # sum of alpha_u^2
+        scale = config.noise_std * jnp.sqrt(variance)
+        if config.update == "parameters":
+            return Server(_averaged(key, server.shared, sent, scale, config), server.private), ()
+        cotangent = sent.pop("views")
+        if config.noise_std and config.noise_on == "views":
+            cotangent = cotangent + scale * jax.random.normal(key, cotangent.shape)
+        trainable = server.private["trainable"]
+        grads = views.pull_back(lambda t: fuse(t, server.private["features"]), trainable, cotangent)
+        if config.noise_std and config.noise_on == "gradients":
+            grads = _noisy(key, grads, scale)
+        grads = jax.tree.map(lambda g, p: g + config.l2 * p, grads, trainable)
+        step, state = optimizer.update(grads, server.private["optimizer"], trainable)
+        shared = {role: jax.tree.map(jnp.add, server.shared[role], change) for role, change in sent.items()}
+        private = {**server.private, "trainable": optax.apply_updates(trainable, step), "optimizer": state}
+        return Server({**server.shared, **shared}, private), ()
+
+    def score(shared, params, data):
+        if config.update == "parameters":
+            made = module.apply(params["fusion"], params["guide"])
+            return client.logits({**params, "views": made}, data, made)
+        return client.logits(params, data, params["views"])
+
+    return Method(
+        name=name,
+        init_server=init_server,
+        init_client=lambda key, shared: client.init(key, len(config.operators)),
+        publish=publish,
+        download=lambda shared, mail, mine, data: {**shared, **mine},
+        local_update=local_update,
+        upload=upload,
+        server_update=server_update,
+        score=score,
+        aggregator=aggregate.weighted_mean(weight),
+        sampling=config.sampling(),
+        evaluate_at=config.evaluate_at,
+        client_init=config.client_init,
+        config=config,
+    )
+
+
+def _server_optimizer(config: Config, num_users: int) -> optax.GradientTransformation:
+    """Steps D and gamma; adaptive optimisers see gradients of any scale, so the number of clients is left out there."""
+    make = SERVER_OPTIMIZERS[config.server_optimizer]
+    clients = 1 if config.server_optimizer == "adam" else num_users
+    id_rate = config.lr * config.item_lr_scale * clients * config.server_lr
+    frozen = optax.set_to_zero()
+    return by_role(
+        {
+            ID: make(id_rate) if config.ids == "keep" else frozen,
+            "operators": make(config.lr * config.fusion_lr_scale * config.server_lr),
+        }
+    )
+
+
+def _noisy(key, tree, scale):
+    leaves, shape = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    drawn = [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(shape, drawn)
+
+
+def _averaged(key, shared, sent, scale, config: Config):
+    """Shared roles plus the mean change; features have none."""
+    moved = {**sent, "guide": {ID: sent["guide"][ID]}}
+    if config.noise_std:
+        moved = _noisy(key, moved, scale)
+    new = {role: jax.tree.map(jnp.add, shared[role], moved[role]) for role in moved if role != "guide"}
+    return {**shared, **new, "guide": {**shared["guide"], ID: shared["guide"][ID] + moved["guide"][ID]}}
+
+
+@dataclasses.dataclass(frozen=True)
+class _ClientSide:
+    """What one client computes: routing, scores, local training."""
+
+    config: Config
+    backbone: Fused
+    num_users: int
+
+    @property
+    def router(self):
+        return views.Router(len(self.config.operators), self.config.dim)
+
+    def init(self, key, num_views: int):
+        k_model, k_router = jax.random.split(key)
+        mine = self.backbone.init_private(k_model)
+        if num_views == 1:
+            return mine
+        return {**mine, "router": self.router.init(k_router, jnp.zeros(num_views * self.config.dim))}
+
+    def weights(self, params, made, history, present):
+        """Softmax weights [n, views] of the items whose views are `made`."""
+        if made.shape[1] == 1:
+            return jnp.ones(made.shape[:2])
+        c = self.config
+        return views.router_weights(
+            self.router, params["router"], made, history, present, mode=c.router, temperature=c.temperature
+        )
+
+    def logits(self, params, data: LocalData, made):
+        """Scores of the catalogue."""
+        weights = self.weights(params, made, history_mean(made, data), jnp.ones(made.shape[0]))
+        return self.backbone.predict(params, item_roles(params), views.mix(weights, made))
+
+    def loss(self, rest, vectors, made, history, batch: Batch, round_):
+        mixed = views.mix(self.weights(rest, made, history, batch.mask), made)
+        value = binary_cross_entropy(self.backbone.predict(rest, vectors, mixed), batch)
+        return value + self.backbone.regulariser(vectors, mixed, batch.mask, round_)
+
+    def rates(self):
+        c = self.config
+        return {
+            "user": c.lr, "head": c.lr, "router": c.lr * c.router_lr_scale, "network": c.lr * c.network_lr_scale,
+            "own_item": c.lr * c.own_lr_scale, "item": c.item_lr(self.num_users),
+        }  # fmt: skip
+
+    def train(self, params, data: LocalData):
+        """Local epochs with the views fixed: (params, update, info); the update holds the views' cotangent."""
+        made, rates = params["views"], self.rates()
+        history = history_mean(made, data)
+        start = {role: value for role, value in params.items() if role != "views"}
+
+        def step(t, carry):
+            params, pulled, pulled_history, total = carry
+            batch = batch_at(data, t)
+            rest, tables = other_roles(params), item_roles(params)
+            vectors, mine = batch_rows(tables, batch), batch_rows(made, batch)
+
+            def objective(rest, vectors, mine, history):
+                return self.loss(rest, vectors, mine, history, batch, data.round)
+
+            value, grads = jax.value_and_grad(objective, argnums=(0, 1))(rest, vectors, mine, history)
+            rest = {r: jax.tree.map(lambda p, g, r=r: p - rates[r] * g, rest[r], grads[0][r]) for r in rest}
+            tables = {r: tables[r].at[batch.item].add(-rates[r] * grads[1][r], mode=IN_BOUNDS) for r in tables}
+            if self.backbone.private_first:
+                vectors = batch_rows(tables, batch)
+            else:  # the gradient of Eq. 6 at the parameters of the step's start
+                rest_at = other_roles(params)
+            at = rest if self.backbone.private_first else rest_at
+            mine_grad, history_grad = jax.grad(objective, argnums=(2, 3))(at, vectors, mine, history)
+            pulled = pulled.at[batch.item].add(mine_grad, mode=IN_BOUNDS)
+            samples = batch.mask.sum()
+            return (
+                {**rest, **tables},
+                pulled,
+                pulled_history + history_grad,
+                total + jnp.stack([value * samples, samples]),
+            )
+
+        carry = (start, jnp.zeros_like(made), jnp.zeros_like(history), jnp.zeros(2))
+        after, pulled, pulled_history, total = jax.lax.fori_loop(0, data.num_steps, step, carry)
+        pulled = pulled.at[data.history].add(_spread(pulled_history, data), mode=IN_BOUNDS)
+        roles = tuple(role for role in ("item", "network") if role in after)
+        update = {**difference(after, params, roles), "views": pulled}
+        return after, update, {"loss": total[0] / jnp.maximum(total[1], 1.0)}
+
+    def train_copies(self, params, data: LocalData, module):
+        """Local epochs in which D and gamma move too: (params, update, info)."""
+        rates = {
+            **self.rates(),
+            "fusion": self.config.lr * self.config.fusion_lr_scale,
+            ID: self.config.item_lr(self.num_users) if self.config.ids == "keep" else 0.0,
+        }
+
+        def step(t, carry):
+            params, total = carry
+            batch = batch_at(data, t)
+            rest, tables = other_roles(params), item_roles(params)
+            vectors = batch_rows(tables, batch)
+            of_history = jax.tree.map(lambda x: x[data.history], tables["guide"])
+
+            def objective(rest, vectors, history_ids):
+                made = module.apply(rest["fusion"], vectors["guide"])
+                seen = module.apply(rest["fusion"], {**of_history, ID: history_ids})
+                return self.loss(rest, vectors, made, _masked_mean(seen, data), batch, data.round)
+
+            value, grads = jax.value_and_grad(objective, argnums=(0, 1, 2))(rest, vectors, of_history[ID])
+            rest = {r: jax.tree.map(lambda p, g, r=r: p - rates[r] * g, rest[r], grads[0][r]) for r in rest}
+            moved = {r: tables[r].at[batch.item].add(-rates[r] * grads[1][r]) for r in tables if r != "guide"}
+            ids = tables["guide"][ID].at[batch.item].add(-rates[ID] * grads[1]["guide"][ID])
+            ids = ids.at[data.history].add(-rates[ID] * grads[2])
+            samples = batch.mask.sum()
+            new = {**rest, **moved, "guide": {**tables["guide"], ID: ids}}
+            return new, total + jnp.stack([value * samples, samples])
+
+        after, total = jax.lax.fori_loop(0, data.num_steps, step, (params, jnp.zeros(2)))
+        roles = tuple(role for role in ("item", "network", "fusion") if role in after)
+        change = {ID: after["guide"][ID] - params["guide"][ID]}
+        update = {**difference(after, params, roles), "guide": change}
+        return after, update, {"loss": total[0] / jnp.maximum(total[1], 1.0)}
+
+
+def _masked_mean(x, data: LocalData):
+    """Mean over the history of [history, ...]; zero without one."""
+    mask = data.history_mask.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+    return (x * mask).sum(0) / jnp.maximum(mask.sum(), 1.0)
+
+
+def history_mean(made, data: LocalData):
+    """Mean views of the client's training items: what the router knows of r_u, [views, dim]."""
+    return _masked_mean(made[data.history], data)
+
+
+def _spread(pulled, data: LocalData):
+    """The cotangent of history_mean, [history, views, dim]."""
+    mask = data.history_mask.astype(pulled.dtype)
+    return (mask / jnp.maximum(mask.sum(), 1.0))[:, None, None] * pulled
