@@ -26,9 +26,10 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders.")
 flags.DEFINE_string("out", "runs/tune", "Folder of the trials.")
 flags.DEFINE_list("datasets", ["ku", "filmtrust", "amazon-video", "ml-100k"], "Data sets.")
-flags.DEFINE_list("methods", ["fcf", "fedavg", "fedmf", "pfedrec", "fedrap", "fedncf"], "Methods.")
-flags.DEFINE_integer("trials", 12, "Random settings per method and data set.")
-flags.DEFINE_integer("finalists", 3, "How many of them are run at all seeds.")
+METHODS = ["fcf", "fedavg", "fedmf", "pfedrec", "fedrap", "fedncf"]
+flags.DEFINE_list("methods", METHODS, "Methods.")
+flags.DEFINE_integer("trials", 8, "Random settings per method and data set.")
+flags.DEFINE_integer("finalists", 2, "How many of them are run at all seeds.")
 flags.DEFINE_string("shard", "0/1", "Which part of the search this process runs.")
 flags.DEFINE_integer("cpu_devices", 2, "Virtual CPU devices.")
 flags.DEFINE_bool("choose", False, "Only write the best settings so far as flagfiles.")
@@ -102,10 +103,10 @@ def done_trials(path: Path) -> list[dict[str, Any]]:
 
 def by_trial(lines: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
     """The lines of one data set and method, by trial."""
-    found: dict[int, list[dict[str, Any]]] = {}
+    found: dict[int, dict[int, dict[str, Any]]] = {}
     for line in lines:
-        found.setdefault(line["trial"], []).append(line)
-    return found
+        found.setdefault(line["trial"], {})[line["seed"]] = line
+    return {trial: list(by_seed.values()) for trial, by_seed in found.items()}
 
 
 def finalists(lines: list[dict[str, Any]]) -> list[int]:
@@ -122,8 +123,9 @@ def choose(folder: Path) -> None:
             found.setdefault((line["dataset"], line["method"]), []).append(line)
     for (dataset, method), lines in sorted(found.items()):
         trials = by_trial(lines)
-        most = max(map(len, trials.values()))
-        best = max((t for t in trials.values() if len(t) == most), key=lambda t: np.mean([x["score"] for x in t]))
+        # of a search that was cut short before its finalists, the best at the first seed
+        complete = [t for t in trials.values() if len(t) == len(SEEDS)] or list(trials.values())
+        best = max(complete, key=lambda t: np.mean([x["score"] for x in t]))
         write_flags(dataset, method, best, len(trials))
 
 
@@ -136,7 +138,7 @@ def write_flags(dataset: str, method: str, best: list[dict[str, Any]], trials: i
         f"# {method} on {dataset}: the best on validation of {trials} random settings (experiments/tune.py).",
         f"#   python launch.py --flagfile={path} --data_dir=DATA --workdir=runs/{path.stem}",
         f"# Expected: validation {protocol['select_metric']} near {said}, best at round "
-        f"{best[0]['best_round']}; test figures are in BUILD_NOTES.md.",
+        f"{max(line.get('best_round', 0) for line in best)} or before; test figures are in BUILD_NOTES.md.",
         f"--dataset={dataset}",
         f"--method={method}",
         *(f"--{name}={value}" for name, value in protocol.items()),
