@@ -16,7 +16,7 @@ from absl import app, flags
 EXIT_USAGE, EXIT_AGAIN = 2, 75
 FLAGS = flags.FLAGS
 
-flags.DEFINE_enum("mode", "train", ["train", "evaluate", "benchmark"], "What to do.")
+flags.DEFINE_enum("mode", "train", ["train", "evaluate", "benchmark", "search"], "What to do.")
 flags.DEFINE_string("workdir", None, "Folder of the run; a run with a checkpoint there is resumed.")
 flags.DEFINE_string("method", "fedmf", "Method; an unknown name is answered with the known ones.")
 flags.DEFINE_multi_string("set", [], "A method setting, key=value; repeat for more.")
@@ -32,6 +32,9 @@ flags.DEFINE_string("protocol", "honest", "honest, or published (the method's re
 flags.DEFINE_string("ranking", "full", "full, or sampled_99 (against 99 sampled items).")
 flags.DEFINE_integer("rounds", 100, "Federated rounds.")
 flags.DEFINE_integer("seed", 0, "Seed of everything the run draws.")
+flags.DEFINE_integer("seeds", 0, "Run so many seeds, from --seed on, into WORKDIR/seed_<n>; 0 for one run.")
+flags.DEFINE_multi_string("grid", [], "--mode=search: a setting and its values, key=v1,v2; repeat for more.")
+flags.DEFINE_integer("trials", 0, "--mode=search: points of the grid at most, drawn at random; 0 for all.")
 flags.DEFINE_float("clients_per_round", 0, "Clients in a round: a number, a share below 1, or 0 for all.")
 flags.DEFINE_integer("eval_every", 10, "Rounds between evaluations.")
 flags.DEFINE_integer("eval_clients", 0, "Evaluate on so many clients, drawn once; 0 for all.")
@@ -113,16 +116,58 @@ def config_from_flags():
     )  # fmt: skip
 
 
+def again(what: str) -> int:
+    print(f"{what}: start again to go on", file=sys.stderr)
+    return EXIT_AGAIN
+
+
+def workdir() -> str:
+    if not FLAGS.workdir:
+        raise ValueError(f"--mode={FLAGS.mode}: expected --workdir, where the results go")
+    return FLAGS.workdir
+
+
+def train_seeds() -> int:
+    from fedjax_rec import report, run, seeds
+
+    def each(summary, folder):
+        print(report.table(summary), flush=True)
+        if FLAGS.plots:
+            report.plots(folder)
+
+    home = workdir()
+    said = seeds.train_seeds(config_from_flags(), home, FLAGS.seeds, progress=FLAGS.progress, each=each)
+    if said["seeds"]:
+        print(seeds.table(said))
+    if said["failed"]:
+        raise FloatingPointError("; ".join(f"seed {seed}: {why}" for seed, why in said["failed"].items()))
+    return again(run.STOPPED) if said["status"] == run.STOPPED else 0
+
+
+def search() -> int:
+    from fedjax_rec import run
+    from fedjax_rec import search as searching
+
+    home = workdir()
+    config = config_from_flags()
+    lines, status = searching.search(config, assignments(FLAGS.grid, "grid"), home, trials=FLAGS.trials)
+    if status == run.STOPPED:
+        return again(f"{run.STOPPED} after trial {len(lines)}")
+    print(searching.table(config, lines))
+    return 0
+
+
 def train() -> int:
     from fedjax_rec import report, run
 
+    if FLAGS.seeds:
+        return train_seeds()
     config = config_from_flags()
     data = run.load_data(config)
     print(run.introduction(run.prepare(config, data)), flush=True)
     summary = run.train(config, FLAGS.workdir, data=data, progress=FLAGS.progress)
     if summary["status"] == run.STOPPED:
-        print(f"{run.STOPPED} after round {summary['rounds']}: start again to go on", file=sys.stderr)
-        return EXIT_AGAIN
+        return again(f"{run.STOPPED} after round {summary['rounds']}")
     print(report.table(summary))
     if FLAGS.workdir and FLAGS.plots:
         report.plots(FLAGS.workdir)
@@ -140,16 +185,17 @@ def main(argv: list[str]) -> int:
 
         print(benchmark.table(benchmark.run(config_from_flags(), FLAGS.workdir, rounds=FLAGS.benchmark_rounds)))
         return 0
+    if FLAGS.mode == "search":
+        return search()
     if FLAGS.mode == "evaluate":
         from fedjax_rec import report, run
 
-        if not FLAGS.workdir:
-            raise ValueError("--mode=evaluate: expected --workdir of a trained run")
+        home = workdir()
         # what is not given on the command line is as in the run
         given = {name: FLAGS[name].value for name in ("ranking", "eval_clients") if FLAGS[name].present}
         if FLAGS["k"].present:
             given["ks"] = cut_offs()
-        print(report.table(run.evaluate(FLAGS.workdir, **given)))
+        print(report.table(run.evaluate(home, **given)))
         return 0
     return train()
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from fedjax_rec import metrics
+from fedjax_rec.compare import by_client, paired, spread
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders.")
@@ -43,21 +43,6 @@ def run_one(flagfile: Path, seed: int, workdir: Path) -> None:
     ]  # fmt: skip
     if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
         print(f"{workdir}: no result (see above); the table counts the seeds that have one", file=sys.stderr)
-
-
-def spread(values: list[float]) -> str:
-    """mean +- standard deviation over seeds."""
-    return f"{np.mean(values):.4f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.4f}"
-
-
-def by_client(workdirs: list[Path], metric: str) -> np.ndarray:
-    """[seeds, users]."""
-    return np.stack([np.load(folder / "per_client.npz")[metric] for folder in workdirs])
-
-
-def paired(a: np.ndarray, b: np.ndarray) -> str:
-    mean, low, high = metrics.paired_difference(a, b)
-    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def table(dataset: str, runs: dict[str, list[Path]]) -> str:

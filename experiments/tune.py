@@ -12,7 +12,6 @@ goes on where it was; --shard=i/n takes every n-th pair of data set and method, 
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ import numpy as np
 from absl import app, flags
 
 from fedjax_rec import run
+from fedjax_rec.search import judge
+from fedjax_rec.workdir import read_lines
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders.")
@@ -87,18 +88,10 @@ def run_trial(dataset: str, method: str, trial: int, seed: int, data: tuple) -> 
         method=method, settings=settings, dataset=dataset, data_dir=FLAGS.data_dir, rounds=ROUNDS, seed=seed,
         eval_every=EVAL_EVERY, patience=PATIENCE, max_buckets=2, **protocol_of(dataset),
     )  # fmt: skip
-    began = time.perf_counter()
-    line = {"dataset": dataset, "method": method, "trial": trial, "seed": seed, "settings": settings}
-    try:
-        summary = run.train(config, data=data, references=False)
-        line |= {"score": summary["valid"][config.select_metric], "best_round": summary["best_round"]}
-    except FloatingPointError as error:
-        line |= {"score": 0.0, "error": str(error)}
-    return {**line, "seconds": time.perf_counter() - began}
-
-
-def done_trials(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+    said = judge(config, data)
+    if said.pop("status") == run.STOPPED:
+        raise SystemExit(75)  # a half trial is no trial
+    return {"dataset": dataset, "method": method, "trial": trial, "seed": seed, "settings": settings, **said}
 
 
 def by_trial(lines: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
@@ -119,7 +112,7 @@ def choose(folder: Path) -> None:
     """Writes the chosen settings of every data set and method as flagfiles."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for line in done_trials(path):
+        for line in read_lines(path):
             found.setdefault((line["dataset"], line["method"]), []).append(line)
     for (dataset, method), lines in sorted(found.items()):
         trials = by_trial(lines)
@@ -165,7 +158,7 @@ def main(argv) -> None:
     path = folder / f"{part}.jsonl"
 
     def attempt(dataset: str, method: str, trial: int, seed: int) -> None:
-        mine = [line for line in done_trials(path) if (line["dataset"], line["method"]) == (dataset, method)]
+        mine = [line for line in read_lines(path) if (line["dataset"], line["method"]) == (dataset, method)]
         if (trial, seed) in {(line["trial"], line["seed"]) for line in mine}:
             return
         line = run_trial(dataset, method, trial, seed, data[dataset])
@@ -179,7 +172,7 @@ def main(argv) -> None:
         for dataset, method in pairs:
             attempt(dataset, method, trial, SEEDS[0])
     for dataset, method in pairs:
-        lines = [line for line in done_trials(path) if (line["dataset"], line["method"]) == (dataset, method)]
+        lines = [line for line in read_lines(path) if (line["dataset"], line["method"]) == (dataset, method)]
         for trial in finalists(lines):
             for seed in SEEDS[1:]:
                 attempt(dataset, method, trial, seed)

@@ -80,7 +80,7 @@ class Evaluator:
         """Ranks under the method's current state; `round_` is the number of rounds it has seen."""
         shared = publish(self.engine, key, state.server, round_)
         replicated = (key, jnp.asarray(round_, jnp.int32), shared)
-        return self.ranks_of(_method_scorer, replicated, (state.clients, state.mail), cohort)
+        return self.ranks_of(method_scorer, replicated, (state.clients, state.mail), cohort)
 
     def ranks_of(self, scorer: Scorer, replicated: PyTree, sharded: PyTree, cohort: Cohort | None = None) -> Ranks:
         """Ranks under any scorer. `sharded` leaves have a leading axis of user slots.
@@ -134,7 +134,7 @@ def catalogue_data(record: Record, num_items: int, round_: Int[Array, ""]) -> Lo
     )
 
 
-def _method_scorer(engine: Engine, replicated, sharded, slot, record: Record, size: Sizes, steps):
+def method_scorer(engine: Engine, replicated, sharded, slot, record: Record, size: Sizes, steps):
     """Scores of a client under the method, before (post_aggregate) or after (post_local) a local update."""
     method, num_items = engine.method, engine.clients.num_items
     key, round_, shared = replicated
@@ -180,7 +180,7 @@ def rank_of(
 def _eval_block(engine: Engine, scorer: Scorer, width: int) -> int:
     """Clients scored at once, so that their score vectors and private tables fit the cache or the device."""
     items = engine.clients.num_items
-    tables = row_bytes(engine) if scorer is _method_scorer else 0
+    tables = row_bytes(engine) if scorer is method_scorer else 0
     budget = CPU_BLOCK_BYTES if jax.default_backend() == "cpu" else DEVICE_BLOCK_BYTES
     block = max(budget // (items * (16 + 2 * tables)), 1)
     return int(min(2 ** int(np.log2(block)), width))

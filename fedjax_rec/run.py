@@ -77,15 +77,20 @@ def better(protocol_: Protocol, new: float, best: Best | None) -> bool:
     return new >= best.value if protocol_.keep == "last" else new > best.value
 
 
-def train(
+def train(config: RunConfig, workdir: str | os.PathLike | None = None, **options: Any) -> dict[str, Any]:
+    """`train_state` without the state: runs `config` and returns its summary."""
+    return train_state(config, workdir, **options)[0]
+
+
+def train_state(
     config: RunConfig,
     workdir: str | os.PathLike | None = None,
     *,
     data: tuple | None = None,
     progress: bool = False,
     references: bool = True,
-) -> dict[str, Any]:
-    """Runs `config` and returns its summary (also written to the workdir, if there is one).
+) -> tuple[dict[str, Any], Experiment, State]:
+    """Runs `config`; its summary is also written to the workdir, if there is one.
 
     Args:
         config: what to run.
@@ -95,7 +100,7 @@ def train(
         references: judge the training-free rankers too (a search over settings leaves them out).
 
     Returns:
-        the summary; its key `status` is "done" or STOPPED.
+        the summary, whose key `status` is "done" or STOPPED; what was run; the state after its last round.
 
     Raises:
         UsageError: the workdir is another run's, or the run does not fit in memory.
@@ -144,7 +149,7 @@ def train(
     if folder is not None and finished:
         write_npz(folder / "per_client.npz", per_client_table(ready, best))
         write_json(folder / "summary.json", summary)
-    return summary
+    return summary, ready, state
 
 
 def evaluate(workdir: str | os.PathLike, **changes: Any) -> dict[str, Any]:
@@ -158,18 +163,13 @@ def evaluate(workdir: str | os.PathLike, **changes: Any) -> dict[str, Any]:
         UsageError: if there is no run or no checkpoint there.
     """
     folder = Path(workdir)
-    held = read_config(folder)
-    names = {field.name for field in dataclasses.fields(RunConfig)}
-    config = RunConfig(**{k: tuple(v) if k == "ks" else v for k, v in held.items() if k in names})
+    config = config_of(folder)
     if "select_metric" not in changes and config.select_metric not in metrics.per_client(
         np.ones((1, 1)), changes.get("ks", config.ks)
     ):
         changes["select_metric"] = "MRR"
     ready = prepare(dataclasses.replace(config, **changes))
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        if checkpoints.latest is None:
-            raise UsageError(f"{folder}: holds no checkpoint; train first")
-        done, state, _ = _restore(checkpoints, ready, ready.engine.init(ready.key))
+    done, state = restore(folder, ready)
     ranks = ready.evaluator.ranks(ready.key, state, done, ready.eval_cohort)
     _check_finite(ranks, done)
     said = {
@@ -181,6 +181,26 @@ def evaluate(workdir: str | os.PathLike, **changes: Any) -> dict[str, Any]:
     }
     write_json(folder / "evaluation.json", said)
     return said
+
+
+def config_of(workdir: Path) -> RunConfig:
+    """The configuration that a workdir was run with; UsageError if there is none."""
+    held = read_config(workdir)
+    names = {field.name for field in dataclasses.fields(RunConfig)}
+    return RunConfig(**{k: tuple(v) if k == "ks" else v for k, v in held.items() if k in names})
+
+
+def restore(workdir: Path, ready: Experiment, like: State | None = None) -> tuple[int, State]:
+    """(rounds done, state) of the newest checkpoint of a workdir, in the shapes and places of `like` (default: those
+    of a fresh state); UsageError if there is none."""
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():  # opening it would make it
+        raise UsageError(f"{workdir}: holds no checkpoint; train first")
+    with Checkpoints(folder) as checkpoints:
+        if checkpoints.latest is None:
+            raise UsageError(f"{workdir}: holds no checkpoint; train first")
+        done, state, _ = _restore(checkpoints, ready, like or ready.engine.init(ready.key))
+    return done, state
 
 
 class _MemoryLog:

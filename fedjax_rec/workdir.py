@@ -30,8 +30,13 @@ def strict(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON under its name only when complete."""
+    write_text(path, json.dumps(strict(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes text under its name only when complete."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(strict(value), indent=1, allow_nan=False) + "\n")
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 
@@ -100,10 +105,8 @@ class MetricsLog:
     def __init__(self, folder: Path, rounds_done: int):
         """Keeps the lines of the first `rounds_done` rounds and drops what a killed run wrote beyond them."""
         self.path = folder / "metrics.jsonl"
-        self.lines = [line for line in _readable(self.path) if line["round"] <= rounds_done]
-        temporary = self.path.with_name(self.path.name + ".part")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        os.replace(temporary, self.path)
+        self.lines = [line for line in read_lines(self.path) if line["round"] <= rounds_done]
+        write_lines(self.path, self.lines)
         self._file = self.path.open("a")
 
     def append(self, line: dict[str, Any]) -> None:
@@ -115,8 +118,13 @@ class MetricsLog:
         self._file.close()
 
 
-def _readable(path: Path) -> list[dict[str, Any]]:
-    """The lines up to the first that a kill left incomplete."""
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Writes one JSON line per entry, under its name only when complete."""
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines up to the first that a kill left incomplete; none where there is no file."""
     lines: list[dict[str, Any]] = []
     if path.exists():
         for text in path.read_text().splitlines():

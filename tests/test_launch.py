@@ -96,6 +96,12 @@ BAD = {
     "missing file": (["--dataset=nowhere/a.csv"], "nowhere/a.csv"),
     "missing flagfile": (["--flagfile=nowhere.flags"], "nowhere.flags"),
     "evaluate nothing": (["--mode=evaluate"], "--workdir"),
+    "seeds without a workdir": (["--seeds=3"], "expected --workdir"),
+    "negative seeds": (["--seeds=-1", "--workdir=nowhere"], "seeds=-1"),
+    "search without a workdir": (["--mode=search", "--grid=lr=1,2"], "expected --workdir"),
+    "search without a grid": (["--mode=search", "--workdir=nowhere"], "--grid: expected at least one setting"),
+    "grid without values": (["--mode=search", "--workdir=nowhere", "--grid=lr"], "--grid=lr: expected key=value"),
+    "grid of another setting": (["--mode=search", "--workdir=nowhere", "--grid=lrr=1"], "did you mean lr?"),
     "evaluate nowhere": (["--mode=evaluate", "--workdir=nowhere"], "config.json does not exist"),
 }
 
@@ -230,6 +236,30 @@ def test_evaluation_takes_from_the_run_what_the_command_line_does_not_give(stopp
     assert "HR@5" in output
     # another process with more virtual devices: sums may be ordered differently, so that a near tie may turn
     assert abs(said["HR@5"] - last["test"]["HR@5"]) < 1.5 / last["test"]["clients"]
+
+
+QUICK = ("--rounds=4", "--eval_every=2", "--k=5,10", "--devices=1")
+
+
+def test_seeds_are_run_once_and_summed_up(typed, folder, tmp_path):
+    command = (f"--dataset={folder / 'tiny.csv'}", *TINY, *QUICK, f"--workdir={tmp_path}", "--seed=7")
+    code, output, error = typed(*command, "--seeds=2")
+    assert code == 0, error
+    assert output.count("fedmf (round") == 2 and "over 2 seeds (7, 8)" in output and " ± " in output
+    assert json.loads((tmp_path / "seeds.json").read_text())["seeds"] == [7, 8]
+    code, output, error = typed("--seeds=3")
+    assert code == 0 and output.count("fedmf (round") == 1 and "over 3 seeds (7, 8, 9)" in output
+
+
+def test_search_prints_the_best_and_its_flagfile_runs(typed, folder, tmp_path):
+    base = (f"--dataset={folder / 'tiny.csv'}", *TINY, *QUICK)
+    code, output, error = typed(*base, "--mode=search", "--grid=lr=0.001,2", f"--workdir={tmp_path}")
+    assert code == 0, error
+    assert "best of 2 trials first" in output and "HR@" not in output
+    best = tmp_path / "best.flags"
+    code, output, error = typed(f"--flagfile={best}", "--mode=train", "--workdir=", "--noprogress", "--noplots")
+    assert code == 0, error
+    assert "fedmf (round" in output
 
 
 def test_benchmark_mode_writes_what_it_promises(folder):

@@ -1,0 +1,160 @@
+"""Runs beside each other: mean and spread over seeds, and paired differences client by client.
+
+    python -m fedjax_rec.compare runs/pfedrec runs/fedmf [--metrics=NDCG@10,HR@10]
+
+A workdir is that of one run, or a folder of seeds (`launch.py --seeds`). Differences are taken to the first workdir:
+each client's metric is averaged over the seeds of a workdir, and the mean of the per-client differences is shown with
+its 95 % interval (normal approximation over clients). The interval is about clients; the spread tells of seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedjax_rec import metrics
+from fedjax_rec.validate import one_of
+from fedjax_rec.workdir import UsageError, read_config
+
+SEED_FOLDER = "seed_{}"
+
+
+class Runs(NamedTuple):
+    """The finished runs of one workdir: their folders, configurations and summaries, by seed."""
+
+    name: str
+    folders: list[Path]
+    configs: list[dict[str, Any]]
+    summaries: list[dict[str, Any]]
+
+
+def read_runs(workdir: str | os.PathLike) -> Runs:
+    """The finished run, or runs of several seeds, in a workdir.
+
+    Raises:
+        UsageError: there is none.
+    """
+    folder = Path(workdir)
+    seeds = sorted(folder.glob(SEED_FOLDER.format("*")), key=lambda path: (len(path.name), path.name))
+    folders = [path for path in [folder, *seeds] if (path / "summary.json").exists()]
+    if not folders:
+        raise UsageError(f"{folder}: holds no finished run (no summary.json, no {SEED_FOLDER.format('<n>')}/ with one)")
+    summaries = [json.loads((path / "summary.json").read_text()) for path in folders]
+    return Runs(str(workdir), folders, [read_config(path) for path in folders], summaries)
+
+
+def spread(values: Sequence[float | int | None]) -> str:
+    """mean ± standard deviation over seeds; - where there are no values."""
+    known = [value for value in values if value is not None and np.isfinite(value)]
+    if not known:
+        return "-"
+    return f"{np.mean(known):.4f} ± {np.std(known, ddof=1) if len(known) > 1 else 0:.4f}"
+
+
+def by_client(folders: Sequence[Path], metric: str) -> np.ndarray:
+    """One test metric by run and client, [seeds, users]."""
+    return np.stack([np.load(folder / "per_client.npz")[metric] for folder in folders])
+
+
+def paired(a: np.ndarray, b: np.ndarray) -> str:
+    """Mean of a - b over clients with its 95 % interval; a and b [seeds, users]."""
+    mean, low, high = metrics.paired_difference(a, b)
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def check_comparable(runs: Sequence[Runs]) -> None:
+    """That all runs rank the same test items of the same users in the same way.
+
+    Raises:
+        UsageError: names the first run that differs from the first of all, and how.
+    """
+    first = runs[0]
+    with np.load(first.folders[0] / "per_client.npz") as held:
+        users, targets = held["user_id"], held["test_item"]
+    for other in runs:
+        for folder, config in zip(other.folders, other.configs, strict=True):
+            for name in ("dataset", "filters", "split", "ranking"):
+                if config[name] != first.configs[0][name]:
+                    raise UsageError(
+                        f"{folder} cannot be compared with {first.folders[0]}: {name} is {config[name]!r} there and "
+                        f"{first.configs[0][name]!r} here; compare runs on the same data and split"
+                    )
+            with np.load(folder / "per_client.npz") as held:
+                same = np.array_equal(held["user_id"], users) and np.array_equal(held["test_item"], targets)
+            if not same:
+                raise UsageError(
+                    f"{folder} cannot be compared with {first.folders[0]}: their users or test items differ; compare "
+                    "runs on the same data and split"
+                )
+
+
+def compare(workdirs: Sequence[str | os.PathLike], names: Sequence[str] = ()) -> str:
+    """A table of two or more workdirs.
+
+    Args:
+        workdirs: the first is what the others are compared with.
+        names: test metrics; none: HR and NDCG at the cut-offs of the first run.
+
+    Raises:
+        UsageError: fewer than two workdirs, one without a finished run, or runs that cannot be compared.
+        ValueError: a metric that the runs do not have.
+    """
+    if len(workdirs) < 2:
+        raise UsageError(f"{len(workdirs)} workdirs given, expected two or more to compare")
+    runs = [read_runs(workdir) for workdir in workdirs]
+    check_comparable(runs)
+    with np.load(runs[0].folders[0] / "per_client.npz") as held:
+        known = [name for name in held.files if name == "MRR" or "@" in name]
+    names = list(names) or [name for name in known if name.startswith(("HR@", "NDCG@"))]
+    for one in runs:
+        for name in names:
+            one_of("metric", name, [n for n in known if n in one.summaries[0]["test"]])
+    head = ["", "seeds", *names, *(f"{name} - first" for name in names)]
+    base = {name: by_client(runs[0].folders, name) for name in names}
+    rows = []
+    for i, one in enumerate(runs):
+        cells = [spread([said["test"][name] for said in one.summaries]) for name in names]
+        cells += [paired(by_client(one.folders, name), base[name]) if i else "" for name in names]
+        rows.append([f"{one.name} ({one.summaries[0]['method']})", str(len(one.folders)), *cells])
+    config = runs[0].configs[0]
+    protocols = sorted({config["protocol"] for one in runs for config in one.configs})
+    title = (
+        f"{config['dataset']}, {config['split']}, protocol {' and '.join(protocols)}, {config['ranking']} ranking\n"
+        "test metrics, mean ± standard deviation over seeds; paired difference to the first over clients, 95 % interval"
+    )
+    return "\n".join([title, *aligned([head, *rows])])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: first column to the left, the others to the right, a rule under the head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; exit codes as launch.py."""
+    parser = argparse.ArgumentParser(prog="python -m fedjax_rec.compare", description=__doc__.split("\n")[0])
+    parser.add_argument("workdirs", nargs="+", help="workdirs of runs or of seeds; the first is compared with")
+    parser.add_argument("--metrics", default="", help="test metrics, like HR@10,NDCG@10")
+    given = parser.parse_args(argv)
+    try:
+        print(compare(given.workdirs, [name for name in given.metrics.split(",") if name]))
+    except ValueError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

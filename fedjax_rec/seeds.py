@@ -1,0 +1,101 @@
+"""One configuration over several seeds: workdir/seed_<n>, and mean and spread in workdir/seeds.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedjax_rec import run
+from fedjax_rec.compare import SEED_FOLDER, Runs, aligned, read_runs, spread
+from fedjax_rec.experiment import RunConfig, identity, load_data
+from fedjax_rec.validate import positive
+from fedjax_rec.workdir import claim, write_json
+
+PARTS = ("valid", "test", "test_seen", "test_unseen")
+
+
+def train_seeds(
+    config: RunConfig,
+    workdir: str | os.PathLike,
+    count: int,
+    *,
+    data: tuple | None = None,
+    progress: bool = False,
+    each: Callable[[dict[str, Any], Path], None] | None = None,
+) -> dict[str, Any]:
+    """Runs seeds config.seed .. config.seed + count - 1; finished ones are not run again, a stopped one goes on.
+
+    Args:
+        config, data, progress: see run.train.
+        workdir: seed n goes to workdir/seed_<n>.
+        each: called with the summary and the folder of every seed that this call has finished.
+
+    Returns:
+        what seeds.json holds: `status` (as of run.train), `seeds` (finished), `failed` {seed: why} (loss or scores
+        that stopped being finite), and for each of PARTS every metric's mean, std (over seeds, n - 1) and values.
+
+    Raises:
+        UsageError: a folder belongs to a run with another configuration.
+    """
+    positive("seeds", count)
+    folder = Path(workdir)
+    data = data or load_data(config)
+    failed: dict[str, str] = {}
+    status = "done"
+    for seed in range(config.seed, config.seed + count):
+        one, home = dataclasses.replace(config, seed=seed), folder / SEED_FOLDER.format(seed)
+        if (home / "summary.json").exists():
+            claim(home, identity(run.prepare(one, data)))  # or it is another run's
+            continue
+        try:
+            summary = run.train(one, home, data=data, progress=progress)
+        except FloatingPointError as error:
+            failed[str(seed)] = str(error)
+            continue
+        if summary["status"] == run.STOPPED:
+            status = run.STOPPED
+            break
+        if each:
+            each(summary, home)
+    wanted = {SEED_FOLDER.format(seed) for seed in range(config.seed, config.seed + count)}
+    finished = [home for home in sorted(folder.glob(SEED_FOLDER.format("*"))) if (home / "summary.json").exists()]
+    said = {"status": status, "failed": failed, "seeds": []}
+    if any(home.name in wanted for home in finished):
+        said |= summarise(read_runs(folder), wanted)
+        write_json(folder / "seeds.json", said)
+    return said
+
+
+def summarise(runs: Runs, wanted: set[str]) -> dict[str, Any]:
+    """Mean and spread over the runs whose folders are wanted."""
+    chosen = [said for home, said in zip(runs.folders, runs.summaries, strict=True) if home.name in wanted]
+    first = chosen[0]
+    named = {key: first[key] for key in ("method", "backbone", "dataset", "protocol", "split", "ranking", "settings")}
+    rounds = [said["best_round"] for said in chosen]
+    return {**named, "seeds": [said["seed"] for said in chosen], "best_round": rounds} | {
+        part: {name: _over_seeds([said[part][name] for said in chosen]) for name in first[part]} for part in PARTS
+    }
+
+
+def _over_seeds(values: list[float | int | None]) -> dict[str, Any]:
+    known = np.array([value for value in values if value is not None], float)
+    if not len(known):
+        return {"mean": None, "std": None, "values": values}
+    std = float(known.std(ddof=1)) if len(known) > 1 else None
+    return {"mean": float(known.mean()), "std": std, "values": values}
+
+
+def table(said: dict[str, Any]) -> str:
+    """Mean ± standard deviation of the test metrics, with the training-free parts of the summaries left out."""
+    names = [name for name in said["test"] if name.startswith(("HR@", "NDCG@", "MRR"))]
+    rows = [[part, *(spread(said[part].get(name, {}).get("values", [])) for name in names)] for part in PARTS]
+    title = (
+        f"{said['method']} on {said['dataset']}, protocol {said['protocol']}: mean ± standard deviation over "
+        f"{len(said['seeds'])} seeds ({', '.join(map(str, said['seeds']))})"
+    )
+    return "\n".join(["", title, *aligned([["", *names], *rows])])

@@ -1,0 +1,152 @@
+"""Several seeds of one configuration, and runs beside each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from fedjax_rec import compare, metrics, run, seeds
+from fedjax_rec.data import splits, synthetic
+from fedjax_rec.run import RunConfig
+from fedjax_rec.workdir import UsageError
+
+CONFIG = RunConfig(
+    settings={"dim": 4, "batch_size": 16}, rounds=4, eval_every=2, checkpoint_every=2, ks=(5, 10), max_buckets=1,
+    devices=1, seed=3,
+)  # fmt: skip
+
+
+def data(**changes):
+    made = synthetic.make(30, 70, min_history=5, median_history=8, max_history=20, **changes)
+    return made.interactions, splits.leave_one_out(made.interactions), made.features
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """fcf over seeds 3, 4; fedmf over seeds 3, 4, 5; one run of fedmf alone."""
+    home = tmp_path_factory.mktemp("seeds")
+    seeds.train_seeds(dataclasses.replace(CONFIG, method="fcf"), home / "fcf", 2, data=data())
+    seeds.train_seeds(CONFIG, home / "fedmf", 3, data=data())
+    run.train(CONFIG, home / "single", data=data())
+    return home
+
+
+def test_every_seed_is_the_run_of_that_seed(folder):
+    alone, among = (json.loads((folder / name / "summary.json").read_text()) for name in ("single", "fedmf/seed_3"))
+    assert alone["test"] == among["test"] and alone["valid"] == among["valid"]
+    assert sorted(path.name for path in (folder / "fedmf").glob("seed_*")) == ["seed_3", "seed_4", "seed_5"]
+
+
+def test_mean_and_spread_are_those_of_the_summaries(folder):
+    said = json.loads((folder / "fedmf" / "seeds.json").read_text())
+    values = [
+        json.loads((folder / "fedmf" / f"seed_{n}" / "summary.json").read_text())["test"]["MRR"] for n in (3, 4, 5)
+    ]
+    assert said["seeds"] == [3, 4, 5] and said["status"] == "done" and said["failed"] == {}
+    assert said["test"]["MRR"]["values"] == values and len(set(values)) == 3
+    assert said["test"]["MRR"]["mean"] == pytest.approx(np.mean(values))
+    assert said["test"]["MRR"]["std"] == pytest.approx(np.std(values, ddof=1))
+    assert f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" in seeds.table(said)
+
+
+def test_finished_seeds_are_not_run_again_and_a_missing_one_is(folder, tmp_path, monkeypatch):
+    home = tmp_path / "again"
+    shutil.copytree(folder / "fedmf", home)
+    before = json.loads((home / "seeds.json").read_text())
+    shutil.rmtree(home / "seed_4")
+    asked, train = [], run.train
+
+    def counted(config, *arguments, **options):
+        asked.append(config.seed)
+        return train(config, *arguments, **options)
+
+    monkeypatch.setattr(run, "train", counted)
+    assert seeds.train_seeds(CONFIG, home, 3, data=data())["test"]["MRR"] == before["test"]["MRR"]
+    assert asked == [4]
+
+
+def test_more_seeds_may_be_asked_for_and_fewer_are_summed_up(folder, tmp_path):
+    home = tmp_path / "fewer"
+    shutil.copytree(folder / "fedmf", home)
+    assert seeds.train_seeds(CONFIG, home, 2, data=data())["seeds"] == [3, 4]
+
+
+def test_another_configuration_is_refused(folder):
+    with pytest.raises(UsageError, match=r"settings\.lr: 2\.0 there, 0\.5 given"):
+        seeds.train_seeds(
+            dataclasses.replace(CONFIG, settings={**CONFIG.settings, "lr": 0.5}), folder / "fedmf", 3, data=data()
+        )
+
+
+def test_a_seed_that_diverges_is_named_and_the_others_are_kept(tmp_path, monkeypatch):
+    train = run.train
+
+    def some(config, *arguments, **options):
+        if config.seed == 4:
+            raise FloatingPointError("the loss is nan after round 1")
+        return train(config, *arguments, **options)
+
+    monkeypatch.setattr(run, "train", some)
+    said = seeds.train_seeds(CONFIG, tmp_path, 3, data=data())
+    assert said["seeds"] == [3, 5] and said["failed"] == {"4": "the loss is nan after round 1"}
+    assert len(said["test"]["MRR"]["values"]) == 2
+
+
+def test_a_stopped_seed_stops_the_rest(tmp_path, monkeypatch):
+    asked = []
+
+    def stopped(config, *arguments, **options):
+        asked.append(config.seed)
+        return {"status": run.STOPPED, "rounds": 1}
+
+    monkeypatch.setattr(run, "train", stopped)
+    said = seeds.train_seeds(CONFIG, tmp_path, 3, data=data())
+    assert said["status"] == run.STOPPED and asked == [3] and said["seeds"] == []
+    with pytest.raises(ValueError, match="seeds=0"):
+        seeds.train_seeds(CONFIG, tmp_path, 0)
+
+
+# ---- comparison ----------------------------------------------------------------------------------------------
+
+
+def test_differences_are_paired_by_client_over_seed_means(folder):
+    said = compare.compare([folder / "fcf", folder / "fedmf"], ["NDCG@10"])
+    row = next(line for line in said.splitlines() if "(fedmf)" in line)
+    held = {
+        name: np.mean([np.load(path / "per_client.npz")["NDCG@10"] for path in (folder / name).glob("seed_*")], axis=0)
+        for name in ("fcf", "fedmf")
+    }
+    mean, low, high = metrics.paired_difference(held["fedmf"], held["fcf"])
+    assert f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]" in row and " 3 " in row
+    assert mean == pytest.approx(np.mean(held["fedmf"] - held["fcf"]))
+    assert "[" not in next(line for line in said.splitlines() if "(fcf)" in line)
+
+
+def test_single_runs_and_seed_folders_mix(folder, capsys):
+    assert compare.main([str(folder / "fedmf"), str(folder / "single"), str(folder / "fcf")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split()[:5] == ["seeds", "HR@5", "NDCG@5", "HR@10", "NDCG@10"]
+    assert sum("fedmf)" in line or "fcf)" in line for line in lines) == 3
+    against_itself = compare.compare([folder / "single", folder / "single"], ["MRR"]).splitlines()[-1]
+    assert "+0.0000 [+0.0000, +0.0000]" in against_itself
+
+
+def test_what_cannot_be_compared_is_refused(folder, tmp_path, capsys):
+    other = tmp_path / "other"
+    run.train(CONFIG, other, data=data(seed=1))
+    assert compare.main([str(folder / "single"), str(other)]) == 2
+    assert "their users or test items differ" in capsys.readouterr().err
+    sampled = tmp_path / "sampled"
+    run.train(dataclasses.replace(CONFIG, ranking="sampled_99"), sampled, data=data())
+    with pytest.raises(UsageError, match="ranking is 'sampled_99' there and 'full' here"):
+        compare.compare([folder / "single", sampled])
+    with pytest.raises(UsageError, match="1 workdirs given, expected two or more"):
+        compare.compare([folder / "single"])
+    with pytest.raises(UsageError, match="holds no finished run"):
+        compare.compare([folder / "single", tmp_path])
+    with pytest.raises(ValueError, match=r"metric='NDCG@7'.*did you mean NDCG@"):
+        compare.compare([folder / "single", folder / "fcf"], ["NDCG@7"])
