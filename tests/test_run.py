@@ -582,7 +582,7 @@ def test_tables_that_do_not_fit_are_answered_with_a_width_that_does(monkeypatch)
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"method": "fedfm"}, r"did you mean fedmf\?"),
+        ({"method": "pfedrc"}, r"did you mean pfedrec\?"),
         ({"split": "leave_one"}, r"did you mean leave_one_out\?"),
         ({"protocol": "honset"}, r"did you mean honest\?"),
         ({"select_metric": "NDCG@7"}, "select_metric='NDCG@7': expected one of"),
