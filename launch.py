@@ -165,7 +165,7 @@ def train() -> int:
     config = config_from_flags()
     data = run.load_data(config)
     print(run.introduction(run.prepare(config, data)), flush=True)
-    summary = run.train(config, FLAGS.workdir, data=data, progress=FLAGS.progress)
+    summary = run.train(config, FLAGS.workdir or None, data=data, progress=FLAGS.progress)
     if summary["status"] == run.STOPPED:
         return again(f"{run.STOPPED} after round {summary['rounds']}")
     print(report.table(summary))
@@ -183,7 +183,7 @@ def main(argv: list[str]) -> int:
     if FLAGS.mode == "benchmark":
         from fedjax_rec import benchmark
 
-        print(benchmark.table(benchmark.run(config_from_flags(), FLAGS.workdir, rounds=FLAGS.benchmark_rounds)))
+        print(benchmark.table(benchmark.run(config_from_flags(), FLAGS.workdir or None, rounds=FLAGS.benchmark_rounds)))
         return 0
     if FLAGS.mode == "search":
         return search()

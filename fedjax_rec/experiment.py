@@ -22,7 +22,7 @@ from fedjax_rec.method import Method
 from fedjax_rec.methods import METHODS, assemble, make_config
 from fedjax_rec.protocols import Protocol, describe, protocol
 from fedjax_rec.rounds import Cohort, Engine, make_engine
-from fedjax_rec.system import available_bytes, device_name
+from fedjax_rec.system import available_bytes, device_name, spare_maps
 from fedjax_rec.validate import between, one_of, positive
 from fedjax_rec.workdir import UsageError
 
@@ -157,6 +157,7 @@ def prepare(config: RunConfig, data: tuple | None = None) -> Experiment:
         config: what to run.
         data: (interactions, split, features) to use instead of loading them.
     """
+    spare_maps()
     interactions, split, features = data or load_data(config)
     chosen = protocol(config.protocol, config.method)
     forced = {k: v for k, v in (("draw", chosen.draw), ("redraw", chosen.redraw)) if v is not None}

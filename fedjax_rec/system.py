@@ -6,12 +6,14 @@ import importlib.metadata
 import platform
 import resource
 import sys
+from pathlib import Path
 
 import jax
 import psutil
 
 from fedjax_rec import __version__
 
+MAPS, MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -42,3 +44,18 @@ def peak_memory_bytes() -> int:
         return sum(s.get("peak_bytes_in_use", 0) for s in stats)
     scale = 1 if sys.platform == "darwin" else 1024  # kilobytes on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def spare_maps() -> None:
+    """Drops JAX's compiled functions where they hold half of the memory maps the system lets a process have.
+
+    On the CPU every compiled function keeps some maps for good, thousands for a whole run. Beyond Linux's limit (65,530
+    as installed) the next compilation crashes the process, so about a dozen runs in one process would. What is still
+    needed is compiled again.
+    """
+    if not MOST_MAPS.exists():  # not Linux: no such limit
+        return
+    with MAPS.open("rb") as maps:
+        held = sum(1 for _ in maps)
+    if held > int(MOST_MAPS.read_text()) // 2:
+        jax.clear_caches()

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from fedjax_rec.data.readers import DATASETS
+from fedjax_rec.system import spare_maps
 
 jax.config.update("jax_num_cpu_devices", 4)  # before any device is used: tests of the mesh need several
 
@@ -31,3 +32,8 @@ def real_data() -> Callable[..., Path]:
         return folder / file if file else folder
 
     return find
+
+
+@pytest.fixture(autouse=True)
+def no_crash_from_too_many_compiled_functions() -> None:
+    spare_maps()

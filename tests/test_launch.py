@@ -251,7 +251,9 @@ def test_seeds_are_run_once_and_summed_up(typed, folder, tmp_path):
     assert code == 0 and output.count("fedmf (round") == 1 and "over 3 seeds (7, 8, 9)" in output
 
 
-def test_search_prints_the_best_and_its_flagfile_runs(typed, folder, tmp_path):
+def test_search_prints_the_best_and_its_flagfile_runs(typed, folder, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     base = (f"--dataset={folder / 'tiny.csv'}", *TINY, *QUICK)
     code, output, error = typed(*base, "--mode=search", "--grid=lr=0.001,2", f"--workdir={tmp_path}")
     assert code == 0, error
@@ -260,6 +262,7 @@ def test_search_prints_the_best_and_its_flagfile_runs(typed, folder, tmp_path):
     code, output, error = typed(f"--flagfile={best}", "--mode=train", "--workdir=", "--noprogress", "--noplots")
     assert code == 0, error
     assert "fedmf (round" in output
+    assert not list((tmp_path / "here").iterdir())  # an empty --workdir is none, not the current folder
 
 
 def test_benchmark_mode_writes_what_it_promises(folder):

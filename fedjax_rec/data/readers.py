@@ -266,14 +266,15 @@ def read_ml_1m(path: Path) -> pd.DataFrame:
 
 
 def read_filmtrust(path: Path, time: str = "item") -> pd.DataFrame:
-    """`ratings.txt`: user::item::rating, no header and no time.
+    """`ratings.txt`: user::item::rating (as FedRKG ships it) or user item rating (as LibRec does), no header, no time.
 
     Args:
         path: the file.
         time: `item`: the rank of the item's first appearance in the whole file, as FedRKG has it (a user's
             newest item is then his latest-introduced one); `position`: the row's position inside the user.
     """
-    frame = _without_header(path, "::", ("user", "item", "rating"))
+    separator = "::" if b"::" in next(_lines(path), b"::") else " "
+    frame = _without_header(path, separator, ("user", "item", "rating"))
     if time == "item":
         frame["timestamp"] = pd.factorize(frame["item"])[0]
     else:

@@ -300,6 +300,14 @@ def test_paths_that_cannot_be_read(tmp_path):
         load("amazon-giftcards", tmp_path)
 
 
+def test_filmtrust_is_read_as_either_publisher_ships_it(tmp_path):
+    write(tmp_path / "a" / "filmtrust", "ratings.txt", "1::1::2\n1::2::3.5\n2::1::4\n")
+    write(tmp_path / "b" / "filmtrust", "ratings.txt", "1 1 2\n1 2 3.5\n2 1 4\n")
+    a, b = (load("filmtrust", tmp_path / part, filters=Filters()) for part in "ab")
+    assert a.item_ids[a.item].tolist() == b.item_ids[b.item].tolist() == [1, 2, 1]
+    assert a.user_ids[a.user].tolist() == b.user_ids[b.user].tolist() == [1, 1, 2]
+
+
 def test_filmtrust_time_is_checked(tmp_path):
     write(tmp_path / "filmtrust", "ratings.txt", "1::1::2\n")
     with pytest.raises(DataError, match="filmtrust_time is 'rank', expected item or position"):
