@@ -1,12 +1,12 @@
 """Chooses hyper-parameters on validation: the same search for every method and data set.
 
-    python experiments/tune.py --data_dir=DATA --out=runs/tune --datasets=ku,ml-100k --methods=fedmf,fedrap
+    python experiments/tune.py --data_dir=DATA --out=runs/tune --datasets=ku,ml-100k --methods=fedmf,fedvlr-fedrap
 
 For every data set and method: --trials random settings at one seed, then the --finalists best of them again at two
 more seeds; the setting with the best mean validation score over the three is chosen. None of the seeds is one that
 tables.py reports, and no test metric is recorded. Every run is one line of a file in OUT, so that an interrupted search
 goes on where it was; --shard=i/n takes every n-th pair of data set and method, for several processes.
---choose writes the chosen settings as flagfiles.
+--choose writes the chosen settings as flagfiles. A multimodal method is named with its backbone, like fedvlr-fedrap.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders.")
 flags.DEFINE_string("out", "runs/tune", "Folder of the trials.")
 flags.DEFINE_list("datasets", ["ku", "filmtrust", "amazon-video", "ml-100k"], "Data sets.")
 METHODS = ["fcf", "fedavg", "fedmf", "pfedrec", "fedrap", "fedncf"]
-flags.DEFINE_list("methods", METHODS, "Methods.")
+flags.DEFINE_list("methods", METHODS, "Methods; multimodal ones as method-backbone.")
 flags.DEFINE_integer("trials", 8, "Random settings per method and data set.")
 flags.DEFINE_integer("finalists", 2, "How many of them are run at all seeds.")
 flags.DEFINE_string("shard", "0/1", "Which part of the search this process runs.")
@@ -53,6 +53,7 @@ def log_uniform(rng, low: float, high: float) -> float:
 
 def draw_settings(method: str, trial: int) -> dict[str, Any]:
     """One trial's settings, a function of (method, trial)."""
+    fusion, _, backbone = method.rpartition("-")
     rng = np.random.default_rng([trial, sum(map(ord, method))])
     lr = log_uniform(rng, 0.05, 8.0)
     item_lr = log_uniform(rng, 0.2, 5.0)  # times the clients: the step that the server's mean is made of
@@ -62,7 +63,7 @@ def draw_settings(method: str, trial: int) -> dict[str, Any]:
         "negatives": int(rng.choice([1, 2, 4, 8])),
         "local_epochs": int(rng.choice([1, 1, 2])),
     }
-    if method in ("fcf", "fedavg", "fedmf", "fedncf"):
+    if backbone in ("fcf", "fedavg", "fedmf", "fedncf"):
         settings["user_init_std"] = float(rng.choice([0.01, 0.1]))
     else:
         settings["client_init"] = str(rng.choice(["random", "shared"]))
@@ -72,21 +73,27 @@ def draw_settings(method: str, trial: int) -> dict[str, Any]:
         settings["item_lr_scale"] = round(settings["item_lr_scale"] / share, 7)
         settings["server_lr"] = share
         settings["evaluate_at"] = str(rng.choice(["post_local", "post_aggregate"]))
-    if method == "fedncf":
+    if backbone == "fedncf":
         settings["branches"] = str(rng.choice(["mlp", "neumf"]))
         settings["network_lr_scale"] = round(log_uniform(rng, 0.1, 10), 3)
-    if method == "fedrap":
+    if backbone == "fedrap":
         settings["own_lr_scale"] = round(log_uniform(rng, 0.01, 10) / lr, 5)
         settings["independence"] = round(log_uniform(rng, 1e-5, 0.1), 7)
         settings["sparsity"] = round(log_uniform(rng, 1e-5, 0.1), 7)
+    if fusion:
+        settings["backbone"] = backbone
+        settings["fusion_lr_scale"] = round(log_uniform(rng, 0.05, 10) / lr, 5)
+        settings["layer_norm"] = bool(rng.choice([False, True]))
+    if fusion == "fedvlr":
+        settings["router_lr_scale"] = round(log_uniform(rng, 0.1, 10), 3)
     return settings
 
 
 def run_trial(dataset: str, method: str, trial: int, seed: int, data: tuple) -> dict[str, Any]:
     settings = draw_settings(method, trial)
     config = run.RunConfig(
-        method=method, settings=settings, dataset=dataset, data_dir=FLAGS.data_dir, rounds=ROUNDS, seed=seed,
-        eval_every=EVAL_EVERY, patience=PATIENCE, max_buckets=2, **protocol_of(dataset),
+        method=method.split("-")[0], settings=settings, dataset=dataset, data_dir=FLAGS.data_dir, rounds=ROUNDS,
+        seed=seed, eval_every=EVAL_EVERY, patience=PATIENCE, max_buckets=2, **protocol_of(dataset),
     )  # fmt: skip
     said = judge(config, data)
     if said.pop("status") == run.STOPPED:
@@ -124,7 +131,7 @@ def choose(folder: Path) -> None:
 
 def write_flags(dataset: str, method: str, best: list[dict[str, Any]], trials: int) -> None:
     protocol = protocol_of(dataset)
-    path = Path(FLAGS.flags_to) / f"{dataset.replace('-', '_')}_{method}.flags"
+    path = Path(FLAGS.flags_to) / f"{dataset.replace('-', '_')}_{method.replace('-', '_')}.flags"
     scores = [line["score"] for line in best]
     said = f"{np.mean(scores):.3f} ({min(scores):.3f} to {max(scores):.3f} over {len(best)} seeds)"
     lines = [
@@ -133,7 +140,7 @@ def write_flags(dataset: str, method: str, best: list[dict[str, Any]], trials: i
         f"# Expected: validation {protocol['select_metric']} near {said}, best at round "
         f"{max(line.get('best_round', 0) for line in best)} or before; test figures are in BUILD_NOTES.md.",
         f"--dataset={dataset}",
-        f"--method={method}",
+        f"--method={method.split('-')[0]}",
         *(f"--{name}={value}" for name, value in protocol.items()),
         f"--rounds={ROUNDS}",
         f"--eval_every={EVAL_EVERY}",

@@ -14,8 +14,9 @@ import numpy as np
 
 from fedjax_rec.data.clients import row_offsets
 from fedjax_rec.data.splits import Split
-from fedjax_rec.experiment import RunConfig, check_memory, prepare
+from fedjax_rec.experiment import Experiment, RunConfig, check_memory, prepare
 from fedjax_rec.method import Method
+from fedjax_rec.rounds import State, client_round, publish, server_step
 from fedjax_rec.system import device_name, peak_memory_bytes, versions
 from fedjax_rec.validate import positive
 from fedjax_rec.workdir import write_json
@@ -30,7 +31,8 @@ def run(
     """Times `rounds` rounds of training after the first one; writes benchmark.json into the workdir.
 
     Returns:
-        times in seconds (median, min, max over the timed rounds, each waited for), throughputs per second, bytes,
+        times in seconds (median, min, max over the timed rounds, each waited for; `phases_s`: the same rounds' three
+        compiled functions waited for one by one), throughputs per second, bytes,
         and the same round as a NumPy loop over clients (None for methods it does not know).
     """
     positive("rounds", rounds)
@@ -49,6 +51,7 @@ def run(
         state, info = jax.block_until_ready(ready.engine.round(ready.key, state, round_, cohort))
         times.append(time.perf_counter() - began)
     median = float(np.median(times))
+    phases, state = _phases(ready, state, rounds)
     peak = peak_memory_bytes()
     began = time.perf_counter()
     ready.evaluator.ranks(ready.key, state, rounds + 1, ready.eval_cohort)
@@ -71,9 +74,11 @@ def run(
         "init_s": init_s,
         "first_round_s": first,
         "round_s": {"median": median, "min": min(times), "max": max(times), "n": rounds},
+        "phases_s": phases,
         "evaluate_s": {"first": first_evaluation, "again": evaluation},
         "clients_per_s": clients / median,
         "samples_per_s": samples / median,
+        "bytes": ready.engine.bytes_per_client(),
         "bytes_per_round": moved,
         "memory_bandwidth_bytes_per_s": bandwidth,
         "roofline_share": moved / bandwidth / median,
@@ -89,6 +94,26 @@ def run(
         Path(workdir).mkdir(parents=True, exist_ok=True)
         write_json(Path(workdir) / "benchmark.json", result)
     return result
+
+
+def _phases(ready: Experiment, state: State, rounds: int) -> tuple[dict[str, float], State]:
+    """Median seconds of a round's three compiled functions, each waited for: what the server makes for its clients
+    (fusion), the clients with the aggregation of their uploads, and the server's step (the pull-back)."""
+    engine, key = ready.engine, ready.key
+    times = []
+    for round_ in range(1, rounds + 1):
+        cohort = _cohort(ready, round_) or engine.everybody
+        at = [time.perf_counter()]
+        shared = jax.block_until_ready(publish(engine, key, state.server, round_))
+        at.append(time.perf_counter())
+        worked = client_round(engine, key, shared, state.clients, state.mail, round_, cohort)
+        clients, received, _ = jax.block_until_ready(worked)
+        at.append(time.perf_counter())
+        server, mail = jax.block_until_ready(server_step(engine, key, state.server, round_, received))
+        at.append(time.perf_counter())
+        state = State(server, clients, mail)
+        times.append(np.diff(at))
+    return dict(zip(("publish", "clients", "server_step"), np.median(times, 0).tolist(), strict=True)), state
 
 
 def _cohort(ready, round_: int):
@@ -131,6 +156,7 @@ def table(result: dict[str, Any]) -> str:
         "first round": f"{result['first_round_s']:.2f} s (compilation {result['compile_s']:.2f} s)",
         "round": f"median {result['round_s']['median'] * 1e3:.2f} ms, min {result['round_s']['min'] * 1e3:.2f}, "
         f"max {result['round_s']['max'] * 1e3:.2f}, n {result['round_s']['n']}",
+        "of it": ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in result["phases_s"].items()),
         "throughput": f"{result['clients_per_s']:,.0f} clients/s, {result['samples_per_s']:,.0f} samples/s",
         "evaluation": f"{result['evaluate_s']['again'] * 1e3:.1f} ms",
         "bandwidth": f"{result['memory_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s measured; the rows a round must move "

@@ -136,6 +136,11 @@ def catalogue_data(record: Record, num_items: int, round_: Int[Array, ""]) -> Lo
 
 def method_scorer(engine: Engine, replicated, sharded, slot, record: Record, size: Sizes, steps):
     """Scores of a client under the method, before (post_aggregate) or after (post_local) a local update."""
+    return engine.method.score(*client_model(engine, replicated, sharded, slot, record, size, steps))
+
+
+def client_model(engine: Engine, replicated, sharded, slot, record: Record, size: Sizes, steps):
+    """(shared, params, data): what a client is judged by, over the catalogue."""
     method, num_items = engine.method, engine.clients.num_items
     key, round_, shared = replicated
     clients, mail = sharded
@@ -154,7 +159,7 @@ def method_scorer(engine: Engine, replicated, sharded, slot, record: Record, siz
             for role, value in step.params.items()
         }
         params = {**params, **tuned}
-    return method.score(shared, params, data)
+    return shared, params, data
 
 
 def rank_of(

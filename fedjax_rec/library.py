@@ -31,13 +31,15 @@ from fedjax_rec.data.features import Features
 from fedjax_rec.data.interactions import DataError, Filters, Interactions
 from fedjax_rec.data.sampling import epoch_steps
 from fedjax_rec.data.splits import TIE_RULES, Split
-from fedjax_rec.evaluate import method_scorer
+from fedjax_rec.evaluate import client_model
 from fedjax_rec.experiment import Experiment, RunConfig, load_data, prepare
 from fedjax_rec.rounds import AXIS, Engine, State, publish, record_at
 from fedjax_rec.run import config_of, restore, train_state
 from fedjax_rec.types import ITEM_ROLES, Params, PyTree
 from fedjax_rec.validate import nearest, positive
 from fedjax_rec.workdir import UsageError, write_npz
+
+USERS_AT_ONCE = 4096
 
 
 class Recommendations(NamedTuple):
@@ -218,13 +220,31 @@ class Run:
             UsageError: an unknown user.
         """
         index = _index_of("user", [user], self._user_index)[0]
-        engine = self.experiment.engine
-        places = [np.flatnonzero(bucket.user == index) for bucket in engine.clients.buckets]
+        places = [np.flatnonzero(bucket.user == index) for bucket in self.experiment.engine.clients.buckets]
         b = next(b for b, place in enumerate(places) if len(place))
+        return np.asarray(self._ask("score", b, places[b]))[0]
+
+    def explain(self) -> dict[str, np.ndarray]:
+        """What every client can say of itself, [users, ...] by name, users in the order of
+        `experiment.interactions.user_ids`: the routers' weights over views, for the multimodal methods."""
+        buckets = self.experiment.engine.clients.buckets
+        said, users = [], []
+        for b, bucket in enumerate(buckets):
+            held = np.flatnonzero(bucket.user < self.experiment.split.num_users)
+            for first in range(0, len(held), USERS_AT_ONCE):
+                some = held[first : first + USERS_AT_ONCE]
+                said.append(self._ask("explain", b, some))
+                users.append(np.asarray(bucket.user)[some])
+        order = np.argsort(np.concatenate(users))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[order], *said)
+
+    def _ask(self, what: str, b: int, positions: np.ndarray):
+        """A function of the method, `score` or `explain`, for the clients at some positions of bucket b."""
+        engine = self.experiment.engine
         replicated = (self.experiment.key, jnp.asarray(self.round, jnp.int32), self.shared)
         sharded = (self.state.clients, self.state.mail)
-        position = jnp.asarray(places[b], jnp.int32)
-        return np.asarray(_scores(engine, b, replicated, sharded, engine.buckets[b], engine.pool, position))
+        at = jnp.asarray(positions, jnp.int32)
+        return _asked(engine, what, b, replicated, sharded, engine.buckets[b], engine.pool, at)
 
     def recommend(self, user: Any, k: int = 10, *, exclude_seen: bool = True) -> Recommendations:
         """The k best items for a user, by raw ids.
@@ -313,14 +333,19 @@ def _index_of(kind: str, raw: list, index: dict[Any, int]) -> np.ndarray:
     return np.array([index[one] for one in raw])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _scores(engine: Engine, b: int, replicated, sharded, bucket, pool, position):
-    """Scores of the client at `position` [1] of bucket b, as the evaluator has them."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _asked(engine: Engine, what: str, b: int, replicated, sharded, bucket, pool, positions):
+    """What the method says of the clients at `positions` [n] of bucket b, one after the other."""
     engine, spec = dataclasses.replace(engine, pool=pool), engine.clients
-    several = record_at(bucket, position, spec.num_users, spec.num_items, spec.pool_size)
-    record = jax.tree.map(lambda x: x[0], several)
-    steps = epoch_steps(engine.method.sampling, engine.sizes[b], record.length)
-    return method_scorer(engine, replicated, sharded, record.user, record, engine.sizes[b], steps)
+
+    def one(position):
+        several = record_at(bucket, position[None], spec.num_users, spec.num_items, spec.pool_size)
+        record = jax.tree.map(lambda x: x[0], several)
+        steps = epoch_steps(engine.method.sampling, engine.sizes[b], record.length)
+        model = client_model(engine, replicated, sharded, record.user, record, engine.sizes[b], steps)
+        return getattr(engine.method, what)(*model)
+
+    return jax.lax.map(one, positions)
 
 
 def _flat(tree: PyTree) -> dict[str, np.ndarray]:

@@ -140,6 +140,8 @@ class Method(NamedTuple):
         evaluate_at: `post_aggregate` scores the freshly downloaded model; `post_local` lets every client run its
             local update on it first and scores what the client then holds (nothing of it is kept).
         client_init: clients start from their own key each (`random`) or from one key (`shared`).
+        explain: (shared, params, data) -> what a client can say of itself, small arrays by name, given params over the
+            full catalogue (a router's weights); {} by default.
         rows: `touched` restricts item roles to the working set; `all` hands every client the catalogue.
         config: the settings the method was built from, for the log.
     """
@@ -159,6 +161,7 @@ class Method(NamedTuple):
     rows: Literal["touched", "all"] = "touched"
     client_init: Literal["random", "shared"] = "random"
     config: Any = None
+    explain: Callable[[Params, Params, LocalData], dict[str, Array]] = lambda shared, params, data: {}
 
 
 @struct.dataclass

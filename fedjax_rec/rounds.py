@@ -117,7 +117,7 @@ class Engine:
         """
         round_ = jnp.asarray(round_, jnp.int32)
         shared = publish(self, key, state.server, round_)
-        clients, received, info = _client_round(
+        clients, received, info = client_round(
             self, key, shared, state.clients, state.mail, round_, cohort or self.everybody
         )
         server, mail = server_step(self, key, state.server, round_, received)
@@ -327,7 +327,7 @@ def publish(engine: Engine, key: PRNGKey, server: Server, round_: Int[Array, ""]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _client_round(engine: Engine, key, shared: Params, clients: Client, mail: Mail, round_, cohort: Cohort):
+def client_round(engine: Engine, key, shared: Params, clients: Client, mail: Mail, round_, cohort: Cohort):
     """All clients' local work: (their state, the aggregate, means for the log)."""
     method = engine.method
     clients, folded, totals = jax.shard_map(

@@ -19,7 +19,9 @@ for path in sorted(pathlib.Path("experiments").glob("*.flags")):
         launch.FLAGS[name].unparse()
     launch.FLAGS(["launch.py", f"--flagfile={path}"])
     config = launch.config_from_flags()
-    named = path.stem in ("demo", "leak_filmtrust") or path.stem.endswith(config.method)
+    backbone = config.settings.get("backbone")
+    ending = f"{config.method}_{backbone}" if backbone else config.method
+    named = path.stem in ("demo", "leak_filmtrust") or path.stem.endswith(ending)
     assert named, (path, config.method)
     assert path.read_text().startswith("# ") and "Expected" in path.read_text(), path
     print(path)
@@ -30,9 +32,9 @@ import sys
 sys.path.insert(0, "experiments")
 import tune
 from fedjax_rec.methods import make_config
-for method in tune.METHODS:
+for method in [*tune.METHODS, "fedvlr-fedrap", "mlp_fusion-fedncf", "fedvbpr-pfedrec"]:
     for trial in (0, 1, 2):
-        make_config(method, tune.draw_settings(method, trial))
+        make_config(method.split("-")[0], tune.draw_settings(method, trial))
         assert tune.draw_settings(method, trial) == tune.draw_settings(method, trial)
         print(method, trial)
 """
@@ -54,8 +56,60 @@ def test_a_new_method_is_short_and_runs_from_the_command_line(tmp_path):
     assert refused.returncode == 2 and "did you mean bias_lr_scale?" in refused.stderr
 
 
-@pytest.mark.parametrize("code, lines", [(FLAGFILES, 2), (SETTINGS, 18)], ids=["flagfiles", "drawn settings"])
+@pytest.mark.parametrize("code, lines", [(FLAGFILES, 2), (SETTINGS, 27)], ids=["flagfiles", "drawn settings"])
 def test_they_are_valid_configurations(code, lines):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= lines
+
+
+def call(*command) -> str:
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+QUICK = ("--rounds=4", "--eval_every=2", "--noprogress", "--noplots", "--cpu_devices=1", "--max_buckets=1")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A multimodal recipe on the embedded data set."""
+    path = tmp_path_factory.mktemp("recipes") / "synthetic_fedvlr_fcf.flags"
+    flags = ["--method=fedvlr", "--backbone=fcf", "--dataset=synthetic", "--set=dim=8", "--set=id_dim=8", *QUICK]
+    path.write_text("\n".join(flags) + "\n")
+    return path
+
+
+def test_ablations_write_markdown_and_plots_and_are_not_run_twice(base, tmp_path):
+    command = ("experiments/ablations.py", f"--base={base}", f"--out={tmp_path}", "--seeds=1", "--groups=noise")
+    said = call(*command)
+    assert (tmp_path / "ablations.md").read_text() in said and (tmp_path / "noise.png").exists()
+    rows = {line.split("|")[1].strip(): line for line in said.splitlines() if line.startswith("| ")}
+    assert {"full", "variance_0.1", "variance_0.1_on_views", "l2_0.001"} <= rows.keys()
+    assert rows["full"].split("|")[2] != rows["variance_0.1"].split("|")[2]
+    held = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/seed_*/summary.json")}
+    assert len(held) >= 3
+    assert call(*command) == said and all(path.stat().st_mtime_ns == time for path, time in held.items())
+
+
+def test_tables_judge_claims(base, tmp_path):
+    bad = base.with_name("synthetic_still.flags")
+    bad.write_text(f"--flagfile={base}\n--set=lr=1e-9\n--set=item_lr_scale=1e-9\n")
+    base.write_text(base.read_text().replace("--rounds=4", "--rounds=40"))
+    claims = "--claims=fedvlr_fcf>still,still>fedvlr_fcf"
+    said = call("experiments/tables.py", f"--out={tmp_path}", "--seeds=1", "--against=still", claims, base, bad)
+    assert "fedvlr_fcf beats still, NDCG@50: **true**" in said
+    assert "still beats fedvlr_fcf, NDCG@50: **false**" in said
+    assert "| *popularity* |" in said
+
+
+def test_plots_of_a_run_with_a_router(base, tmp_path):
+    call("launch.py", f"--flagfile={base}", f"--workdir={tmp_path / 'run'}", "--rounds=4")
+    call("experiments/plots.py", f"--out={tmp_path / 'plots'}", tmp_path / "run")
+    names = {"users.png", "loss.png", "activity.png", "run_router.png", "run_router.csv", "run_items.png"}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == names
+    lines = (tmp_path / "plots" / "run_router.csv").read_text().splitlines()
+    assert lines[0] == "user_id,train_items,sum,mlp,gate" and len(lines) == 601
+    weights = [[float(w) for w in line.split(",")[2:]] for line in lines[1:]]
+    assert all(abs(sum(w) - 1) < 1e-5 for w in weights) and len(set(map(tuple, weights))) > 300

@@ -227,11 +227,19 @@ def multimodal(config: Config, num_users: int, num_items: int, name: str, catalo
         private = {**server.private, "trainable": optax.apply_updates(trainable, step), "optimizer": state}
         return Server({**server.shared, **shared}, private), ()
 
-    def score(shared, params, data):
+    def views_of(params):
         if config.update == "parameters":
-            made = module.apply(params["fusion"], params["guide"])
-            return client.logits({**params, "views": made}, data, made)
-        return client.logits(params, data, params["views"])
+            return module.apply(params["fusion"], params["guide"])
+        return params["views"]
+
+    def score(shared, params, data):
+        made = views_of(params)
+        return client.logits({**params, "views": made}, data, made)
+
+    def explain(shared, params, data):
+        """The router's weight of every operator, mean over the catalogue."""
+        made = views_of(params)
+        return {"router": client.weights(params, made, history_mean(made, data), jnp.ones(num_items)).mean(0)}
 
     return Method(
         name=name,
@@ -248,6 +256,7 @@ def multimodal(config: Config, num_users: int, num_items: int, name: str, catalo
         evaluate_at=config.evaluate_at,
         client_init=config.client_init,
         config=config,
+        explain=explain,
     )
 
 

@@ -1,0 +1,106 @@
+"""Ablations of a multimodal recipe: fusion strategy, modalities, noise, sampling ratio. Markdown and plots.
+
+    python experiments/ablations.py --data_dir=DATA --out=runs/ablations --base=experiments/ku_fedvlr_fedavg.flags
+
+Every variant is a flagfile OUT/flags/<name>.flags, the base with a few flags changed, and a folder of seeds; tables.py
+runs them, so that a call which was interrupted goes on. Nothing is tuned again: a variant has the base's rates.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+
+from fedjax_rec import compare
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders.")
+flags.DEFINE_string("out", "runs/ablations", "Folder of the workdirs, ablations.md and the plots.")
+flags.DEFINE_string("base", "experiments/ku_fedvlr_fedavg.flags", "Flagfile of the full method.")
+flags.DEFINE_integer("seeds", 5, "Seeds 0 .. n-1 of every variant.")
+flags.DEFINE_list("k", ["10", "50"], "Cut-offs shown.")
+flags.DEFINE_list("groups", ["strategy", "modality", "noise", "sampling"], "Which ablations.")
+flags.DEFINE_multi_string("override", [], "A flag handed to every run, e.g. --rounds=50.")
+
+FULL = "full"
+GROUPS = {
+    "strategy": {
+        "sum": ["--set=operators=sum"],
+        "mlp": ["--set=operators=mlp"],
+        "gate": ["--set=operators=gate"],
+        "router_item": ["--set=router=item"],
+        "router_batch_mean": ["--set=router=batch_mean"],
+        "update_parameters": ["--set=update=parameters"],
+    },
+    "modality": {
+        f"{rule}_{name}": [f"--set={name}={rule}"] for name in ("visual", "text", "ids") for rule in ("drop", "random")
+    }
+    | {"drop_features": ["--set=visual=drop", "--set=text=drop"]},
+    "noise": {
+        "variance_0.1": ["--set=noise_std=0.31623"],
+        "variance_0.1_on_views": ["--set=noise_std=0.31623", "--set=noise_on=views"],
+        "l2_0.001": ["--set=l2=0.001"],
+    },
+    "sampling": {f"share_{share}": [f"--clients_per_round={share}"] for share in (0.1, 0.25, 0.5, 0.75)},
+}
+
+
+def write_flagfiles(folder: Path, group: str) -> list[Path]:
+    """The full method's flagfile and those of the group's variants."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for name, changes in {FULL: [], **GROUPS[group]}.items():
+        path = folder / f"{name}.flags"
+        path.write_text("\n".join([f"--flagfile={Path(FLAGS.base).resolve()}", *changes]) + "\n")
+        made.append(path)
+    return made
+
+
+def plot(path: Path, group: str, runs: dict[str, compare.Runs]) -> None:
+    """Bars of HR and NDCG at the largest cut-off, with the spread over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.35 * len(runs) + 1.6), layout="constrained", sharey=True)
+    for axis, metric in zip(axes, (f"HR@{FLAGS.k[-1]}", f"NDCG@{FLAGS.k[-1]}"), strict=True):
+        values = [[said["test"][metric] for said in one.summaries] for one in runs.values()]
+        axis.barh(list(runs), [np.mean(v) for v in values], xerr=[np.std(v) for v in values], capsize=3)
+        axis.set(xlabel=f"test {metric} (bar: standard deviation over seeds)")
+    axes[0].invert_yaxis()
+    figure.suptitle(group)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv) -> None:
+    out = Path(FLAGS.out)
+    unknown = set(FLAGS.groups) - set(GROUPS)
+    if unknown:
+        raise app.UsageError(f"--groups: {', '.join(sorted(unknown))} unknown, expected some of {', '.join(GROUPS)}")
+    parts = []
+    for group in FLAGS.groups:
+        flagfiles = write_flagfiles(out / "flags", group)
+        command = [
+            sys.executable, str(Path(__file__).with_name("tables.py")), f"--data_dir={FLAGS.data_dir}", f"--out={out}",
+            f"--seeds={FLAGS.seeds}", f"--k={','.join(FLAGS.k)}", f"--against={FULL}",
+            *(f"--override={flag}" for flag in FLAGS.override), *map(str, flagfiles),
+        ]  # fmt: skip
+        text = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        finished = {path.stem: out / path.stem for path in flagfiles if any((out / path.stem).glob("*/summary.json"))}
+        # the training-free rankers are the same in every group: they stand in the data set's main table
+        lines = [line for line in text.splitlines() if line and not line.startswith("| *")]
+        lines += [f"| {path.stem} | diverged with every seed |" for path in flagfiles if path.stem not in finished]
+        parts.append("\n".join([f"### {group}", "", *lines, ""]))
+        (out / "ablations.md").write_text("\n".join(parts))
+        plot(out / f"{group}.png", group, {name: compare.read_runs(home) for name, home in finished.items()})
+    print((out / "ablations.md").read_text())
+
+
+if __name__ == "__main__":
+    app.run(main)
