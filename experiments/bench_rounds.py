@@ -75,7 +75,11 @@ def fusion_cases(common):
         yield f"fedvlr-{backbone} ku", run.RunConfig(method="fedvlr", settings=views, **ku), None, FLAGS.rounds
     for num_users in FUSION_CLIENTS:
         config = run.RunConfig(
-            method="fedvlr", settings=FUSION_SETTINGS, dataset=f"views-{num_users}", eval_clients=1000, **common
+            method="fedvlr",
+            settings={**FUSION_SETTINGS, "dim": 16},
+            dataset=f"views-{num_users}",
+            eval_clients=1000,
+            **common,
         )
         data = population(num_users, FUSED_ITEMS, ("image", "text"))
         yield f"fedvlr {num_users:,} with views", config, data, 5

@@ -93,9 +93,10 @@ def test_the_router_sees_the_history_of_its_user():
     )
     for mode in ("user", "item"):
         assert np.abs(of(one, mode) - of(other, mode)).max() > 1e-3
-        np.testing.assert_allclose(of(one, mode).sum(1), 1.0, rtol=1e-5)
+        np.testing.assert_allclose(of(one, mode).sum(-1), 1.0, rtol=1e-5)
     np.testing.assert_array_equal(of(one, "batch_mean"), of(other, "batch_mean"))
-    assert np.ptp(of(one, "user"), axis=0).max() == 0 < np.ptp(of(one, "item"), axis=0).max()
+    assert of(one, "user").shape == (3,)
+    assert of(one, "item").shape == (5, 3) and np.ptp(of(one, "item"), axis=0).max() > 0
 
 
 @pytest.mark.parametrize(("rule", "expected"), [("zero", 0.0), ("mean", 2.0)])

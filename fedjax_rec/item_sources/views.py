@@ -123,9 +123,15 @@ class Router(nn.Module):
     num_views: int
     hidden: int
 
-    @nn.compact
+    def setup(self):
+        self.inner, self.outer = nn.Dense(self.hidden), nn.Dense(self.num_views)
+
     def __call__(self, x):
-        return nn.Dense(self.num_views)(nn.relu(nn.Dense(self.hidden)(x)))
+        return self.outer(nn.relu(self.inner(x)))
+
+    def from_inner(self, z):
+        """The same from what the first layer says, [hidden]."""
+        return self.outer(nn.relu(z))
 
 
 def router_weights(
@@ -137,27 +143,25 @@ def router_weights(
     *,
     mode: str,
     temperature: float,
-) -> Float[Array, "n views"]:
-    """Softmax weights for every item of a batch or of the catalogue.
+) -> Float[Array, "*n views"]:
+    """Softmax weights: one vector for all items (`user`, `batch_mean`), or one for every item.
 
     Args:
-        params: the router's, or None where there is one view only.
+        params: the router's.
         history: mean views of the user's training items.
         present: 1 for items that count in `batch_mean`.
         mode: one of ROUTERS.
     """
     flat = views.reshape(views.shape[0], -1)
     if mode == "user":
-        weights = nn.softmax(router.apply(params, history.reshape(-1)) / temperature)
-        return jnp.broadcast_to(weights, (views.shape[0], weights.shape[0]))
+        return nn.softmax(router.apply(params, history.reshape(-1)) / temperature)
     if mode == "item":
         return nn.softmax(router.apply(params, flat + history.reshape(-1)) / temperature)
     weights = nn.softmax(router.apply(params, flat) / temperature)
-    mean = (weights * present[:, None]).sum(0) / jnp.maximum(present.sum(), 1.0)
-    return jnp.broadcast_to(mean, weights.shape)
+    return (weights * present[:, None]).sum(0) / jnp.maximum(present.sum(), 1.0)
 
 
-def mix(weights: Float[Array, "n views"], views: Float[Array, "n views dim"]) -> Float[Array, "n dim"]:
+def mix(weights: Float[Array, "*n views"], views: Float[Array, "n views dim"]) -> Float[Array, "n dim"]:
     """The personalised item vectors."""
     return (weights[..., None] * views).sum(-2)
 
