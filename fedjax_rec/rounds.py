@@ -29,6 +29,7 @@ AXIS = "clients"
 SERVER = np.uint32(2**32 - 1)  # the server's stream of randomness: no user has this id
 START = np.uint32(2**32 - 1)  # the stream of the state before the first round: no round has this number
 CPU_BLOCK_BYTES = 2**18  # a few clients: their rows, changes and batches together stay in one core's L2 cache
+EXCHANGE_CPU_BYTES = 2**22  # whole tables of a few clients
 DEVICE_BLOCK_BYTES = 2**28  # enough clients to occupy an accelerator
 
 
@@ -113,15 +114,30 @@ class Engine:
             cohort: who takes part; default everybody.
 
         Returns:
-            the new state, and info: means over the clients that took part, with `clients` their number.
+            the new state, and info: means over the clients that took part, with `clients` their number. A round with
+            an exchange (see method.py) adds what its clients tell, and calls three functions more.
         """
+        exchange, told = self.method.exchange, {}
+        due = exchange is not None and exchange.due(int(round_))
         round_ = jnp.asarray(round_, jnp.int32)
+        if due and exchange.at_start:
+            state, told = self.exchange(key, state, round_)
         shared = publish(self, key, state.server, round_)
         clients, received, info = client_round(
             self, key, shared, state.clients, state.mail, round_, cohort or self.everybody
         )
         server, mail = server_step(self, key, state.server, round_, received)
-        return State(server, clients, mail), info
+        state = State(server, clients, mail)
+        if due and not exchange.at_start:
+            state, told = self.exchange(key, state, round_)
+        return state, {**info, **told}
+
+    def exchange(self, key: PRNGKey, state: State, round_: Int[Array, ""]):
+        """The dense pass of a method with an Exchange: (state, means over all users). `state` is donated."""
+        server = exchange_up(self, key, state.server, state.clients, round_)
+        shared = publish(self, key, server, round_)
+        clients, told = exchange_down(self, key, shared, state.clients, round_)
+        return State(server, clients, state.mail), told
 
     @functools.cached_property
     def everybody(self) -> Cohort:
@@ -161,7 +177,8 @@ class Engine:
 
     def bytes_per_client(self) -> dict[str, int]:
         """Bytes that one client receives and sends in a round: `down`, `up` count full tables (what the
-        protocols exchange); `down_rows`, `up_rows` only the working set of the largest bucket."""
+        protocols exchange); `down_rows`, `up_rows` only the working set of the largest bucket; `exchange_down`,
+        `exchange_up` what a round with an exchange adds."""
         return _bytes_per_client(self)
 
     def memory_bytes(self) -> dict[str, int]:
@@ -293,6 +310,7 @@ def local_step(
     k_draw, k_train, k_upload = streams(client_key(key, round_, record.user))
     data = draw_local_data(k_draw, record, method.sampling, size, num_items, pool, steps, round_)
     rows = None if size.dense else data.rows
+    shared = each_round(method, shared)
     view = shared if size.dense else restrict(shared, data.rows)
     client = restrict_client(clients, slot, rows)
     mine = jax.tree.map(lambda x: x.at[slot].get(mode="clip"), mail)
@@ -300,6 +318,12 @@ def local_step(
     params, update, info = method.local_update(k_train, view, params, data)
     client, upload = method.upload(k_upload, view, params, update, data)
     return Step(client, upload, method.aggregator.weight(data), info, data.rows, params)
+
+
+def each_round(method: Method, shared: Params) -> Params:
+    """What of the shared roles travels in every round."""
+    apart = method.exchange.roles if method.exchange else ()
+    return {role: value for role, value in shared.items() if role not in apart}
 
 
 # ---- all clients -------------------------------------------------------------------------------------------
@@ -394,6 +418,110 @@ def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, coh
     return clients, method.aggregator.merge(folded, AXIS), jax.lax.psum(totals, AXIS)
 
 
+# ---- exchanges: dense passes over all clients --------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def exchange_up(engine: Engine, key: PRNGKey, server: Server, clients: Client, round_: Int[Array, ""]) -> Server:
+    """All clients' uploads, folded block by block into their mean, and the server's answer to it."""
+    exchange, spec, block = engine.method.exchange, engine.clients, _exchange_block(engine)
+    slots = spec.users_per_device
+
+    def on_device(clients):
+        first_user = jax.lax.axis_index(AXIS) * slots
+        sent = jax.eval_shape(lambda x: exchange.upload(restrict_client(x, jnp.int32(0), None)), clients)
+
+        def one_block(i, total):
+            slot = i * block + jnp.arange(block)
+            real = (slot < slots) & (first_user + slot < spec.num_users)
+            uploads = jax.vmap(lambda s: exchange.upload(restrict_client(clients, s, None)))(slot)
+            return jax.tree.map(lambda t, x: t + jnp.tensordot(real.astype(x.dtype), x, 1), total, uploads)
+
+        total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sent)
+        return jax.lax.psum(jax.lax.fori_loop(0, -(-slots // block), one_block, total), AXIS)
+
+    total = jax.shard_map(on_device, mesh=engine.mesh, in_specs=P(AXIS), out_specs=P(), check_vma=False)(clients)
+    mean = jax.tree.map(lambda x: x / spec.num_users, total)
+    return exchange.server_update(exchange_key(client_key(key, round_, SERVER)), server, mean)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def exchange_down(engine: Engine, key: PRNGKey, shared: Params, clients: Client, round_: Int[Array, ""]):
+    """Every client takes the server's answer into its whole state, in place: (their state, means for the log)."""
+    clients, totals = jax.shard_map(
+        functools.partial(_exchange_pass, engine),
+        mesh=engine.mesh,
+        in_specs=(P(), P(), P(), P(AXIS), P(AXIS), P()),
+        out_specs=(P(AXIS), P()),
+        check_vma=False,
+    )(key, round_, shared, clients, engine.buckets, engine.pool)
+    return clients, {name: total / engine.clients.num_users for name, total in totals.items()}
+
+
+def exchange_key(key: PRNGKey) -> PRNGKey:
+    """A client's (or the server's) stream for a round's exchange; see `streams` for the others."""
+    return jax.random.fold_in(key, 5)
+
+
+def exchange_step(
+    method: Method,
+    size: Sizes,
+    num_items: int,
+    pool: Array | None,
+    key: PRNGKey,
+    round_: Int[Array, ""],
+    shared: Params,
+    client: Client,
+    record: Record,
+    steps: Int[Array, ""],
+) -> tuple[Client, dict[str, Array]]:
+    """One client's part in an exchange. Its samples come from the stream of the round's own."""
+    exchange, mine = method.exchange, client_key(key, round_, record.user)
+    data = draw_local_data(streams(mine)[0], record, exchange.sampling, size, num_items, pool, steps, round_)
+    return exchange.apply(exchange_key(mine), shared, client, data)
+
+
+def _exchange_pass(engine: Engine, key, round_, shared, clients, buckets, pool):
+    """All blocks of one device."""
+    method, spec, most = engine.method, engine.clients, _exchange_block(engine)
+    sampling, slots = method.exchange.sampling, spec.users_per_device
+    first_user = jax.lax.axis_index(AXIS) * slots
+    totals = None
+    for bucket in buckets:
+        size = sizes(sampling, bucket.history.shape[1], spec.num_items, all_rows=method.rows == "all")
+        count = bucket.user.shape[0]
+        block = min(most, count)
+
+        def on_block(clients, position, bucket=bucket, size=size):
+            record = record_at(bucket, position, spec.num_users, spec.num_items, spec.pool_size)
+            real = record.user < spec.num_users
+            slot = jnp.where(real, record.user - first_user, slots)
+            steps = epoch_steps(sampling, size, record.length.max())
+            run = functools.partial(exchange_step, method, size, spec.num_items, pool, key, round_, shared)
+            new, info = jax.vmap(lambda s, r: run(restrict_client(clients, s, None), r, steps))(slot, record)
+            told = {name: jnp.where(real, value, 0).sum() for name, value in info.items()}
+            return store_clients(clients, slot, None, new), told
+
+        def one_block(i, carry, on_block=on_block, block=block):
+            clients, totals = carry
+            # positions beyond the bucket give empty clients
+            clients, told = on_block(clients, i * block + jnp.arange(block))
+            return clients, jax.tree.map(jnp.add, totals, told)
+
+        if totals is None:
+            _, told = jax.eval_shape(on_block, clients, jnp.arange(block))
+            totals = {name: jnp.zeros(()) for name in told}
+        clients, totals = jax.lax.fori_loop(0, -(-count // block), one_block, (clients, totals))
+    return clients, jax.lax.psum(totals, AXIS)
+
+
+def _exchange_block(engine: Engine) -> int:
+    """Clients whose whole tables are in flight at once, before and after an exchange."""
+    budget = EXCHANGE_CPU_BYTES if jax.default_backend() == "cpu" else DEVICE_BLOCK_BYTES
+    fits = max(budget // (3 * engine.clients.num_items * row_bytes(engine)), 1)
+    return int(min(2 ** int(np.log2(fits)), max(engine.block)))
+
+
 def _example_step(engine: Engine, b: int, key, round_, shared, clients, mail, buckets, pool) -> Step:
     """Shapes of one client's step in bucket b."""
     spec = engine.clients
@@ -415,7 +543,8 @@ def _bytes(tree: PyTree) -> int:
 
 def _bytes_per_client(engine: Engine) -> dict[str, int]:
     method, spec = engine.method, engine.clients
-    state, shared = _shapes(method)
+    state, published = _shapes(method)
+    shared = each_round(method, published)
     stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), state.clients)
     largest = int(np.argmax([s.rows for s in engine.sizes]))
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
@@ -423,6 +552,10 @@ def _bytes_per_client(engine: Engine) -> dict[str, int]:
         lambda k, r, s, c: _example_step(engine, largest, k, r, s, c, (), engine.buckets, engine.pool),
         jax.eval_shape(lambda: jax.random.key(0)), scalar, shared, stacked,
     )  # fmt: skip
+    in_exchange = {}
+    if method.exchange:
+        sent = jax.eval_shape(method.exchange.upload, state.clients)
+        in_exchange = {"exchange_down": _bytes(published) - _bytes(shared), "exchange_up": _bytes(sent)}
     rows = engine.sizes[largest].rows
     table = lambda tree: _bytes({r: v for r, v in tree.items() if r in ITEM_ROLES})
     up_rows, down_full = _bytes(step.upload), _bytes(shared)
@@ -432,6 +565,7 @@ def _bytes_per_client(engine: Engine) -> dict[str, int]:
         "up": up_rows - up_tables + up_tables // rows * spec.num_items,
         "down_rows": down_full - table(shared) + table(shared) // spec.num_items * rows,
         "up_rows": up_rows,
+        **in_exchange,
     }
 
 
@@ -444,6 +578,8 @@ def _memory_bytes(engine: Engine) -> dict[str, int]:
         block * (4 * size.rows + 3 * size.batch) * row + block * 16 * (size.epoch + size.draws)
         for size, block in zip(engine.sizes, engine.block, strict=True)
     )
+    if method.exchange:
+        in_flight = max(in_flight, 3 * _exchange_block(engine) * spec.num_items * row)
     parts = {
         "clients": _bytes(state.clients) * spec.num_slots,
         "server": 3 * _bytes(state.server),
