@@ -113,6 +113,9 @@ class Aggregator(NamedTuple):
     merge:  (accumulator, mesh axis) -> accumulator summed over devices
     finish: (accumulator, weight, count) -> Aggregate
     weight: one client's weight from its data; padding clients weigh 0 whatever it says
+    over_mail: uploads are written into the places of their senders' mail (see Method.init_mail), which they equal in
+        shape: the accumulator is (mail, weights [clients]), stays spread over the devices, and `init` and `merge` are
+        not called. The server then answers in place: clients x upload is held once, not twice.
     """
 
     init: Callable[..., PyTree]
@@ -120,6 +123,7 @@ class Aggregator(NamedTuple):
     merge: Callable[[PyTree, str], PyTree]
     finish: Callable[..., Aggregate]
     weight: Callable[[LocalData], Float[Array, ""]]
+    over_mail: bool = False
 
 
 class Exchange(NamedTuple):
@@ -170,6 +174,8 @@ class Method(NamedTuple):
         rows: `touched` restricts item roles to the working set; `all` hands every client the catalogue.
         config: the settings the method was built from, for the log.
         exchange: a dense pass over all clients in some rounds, or None.
+        init_mail: (Server) -> one client's mail before the first round, or () where the server answers nobody. A
+            `download` is given () for a user who was not there in training.
     """
 
     name: str
@@ -189,6 +195,7 @@ class Method(NamedTuple):
     config: Any = None
     explain: Callable[[Params, Params, LocalData], dict[str, Array]] = lambda shared, params, data: {}
     exchange: Exchange | None = None
+    init_mail: Callable[[Server], Mail] = lambda server: ()
 
 
 @struct.dataclass

@@ -61,6 +61,7 @@ PUBLISHED: dict[str, Protocol] = {
     "pfedrec": _OUTSIDE_ALL,
     "fedrap": _OUTSIDE_ALL,
     "fedrkg": _OUTSIDE_ALL,
+    "gpfedrec": _OUTSIDE_ALL,
 }
 
 

@@ -126,7 +126,13 @@ class Engine:
         clients, received, info = client_round(
             self, key, shared, state.clients, state.mail, round_, cohort or self.everybody
         )
-        server, mail = server_step(self, key, state.server, round_, received)
+        if self.method.aggregator.over_mail:
+            tables, weights = received.value
+            server, mail = server_step_over_mail(
+                self, key, state.server, round_, tables, received._replace(value=weights)
+            )
+        else:
+            server, mail = server_step(self, key, state.server, round_, received)
         state = State(server, clients, mail)
         if due and not exchange.at_start:
             state, told = self.exchange(key, state, round_)
@@ -230,7 +236,8 @@ def _blocks(engine: Engine) -> tuple[int, ...]:
 def row_bytes(engine: Engine) -> int:
     """Bytes of one item row over all item roles that a client holds."""
     state, shared = _shapes(engine.method)
-    tables = [v for tree in (shared, state.clients) for r, v in tree.items() if r in ITEM_ROLES]
+    mail = state.mail if isinstance(state.mail, dict) else {}
+    tables = [v for tree in (shared, state.clients, mail) for r, v in tree.items() if r in ITEM_ROLES]
     return sum(int(np.prod(x.shape[1:])) * x.dtype.itemsize for x in jax.tree.leaves(tables))
 
 
@@ -240,7 +247,7 @@ def _shapes(method: Method) -> tuple[State, Params]:
     def fresh(key):
         server = method.init_server(key)
         shared = method.publish(key, server)
-        return State(server, method.init_client(key, shared), ()), shared
+        return State(server, method.init_client(key, shared), method.init_mail(server)), shared
 
     return jax.eval_shape(fresh, jax.eval_shape(lambda: jax.random.key(0)))
 
@@ -339,7 +346,8 @@ def _init(engine: Engine, key: PRNGKey) -> State:
     clients = jax.vmap(lambda user: method.init_client(client_key(key, START, user), shared))(users)
     everywhere, spread = NamedSharding(engine.mesh, P()), NamedSharding(engine.mesh, P(AXIS))
     constrain = jax.lax.with_sharding_constraint
-    return State(constrain(server, everywhere), constrain(clients, spread), ())
+    mail = jax.tree.map(lambda x: jnp.broadcast_to(x, (slots, *x.shape)), method.init_mail(server))
+    return State(constrain(server, everywhere), constrain(clients, spread), constrain(mail, spread))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -350,7 +358,7 @@ def publish(engine: Engine, key: PRNGKey, server: Server, round_: Int[Array, ""]
     return engine.method.publish(k_publish, server)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
 def client_round(engine: Engine, key, shared: Params, clients: Client, mail: Mail, round_, cohort: Cohort):
     """All clients' local work: (their state, the aggregate, means for the log)."""
     method = engine.method
@@ -358,7 +366,7 @@ def client_round(engine: Engine, key, shared: Params, clients: Client, mail: Mai
         functools.partial(_local_pass, engine),
         mesh=engine.mesh,
         in_specs=(P(), P(), P(), P(AXIS), P(AXIS), P(AXIS), P(AXIS), P()),
-        out_specs=(P(AXIS), P(), P()),
+        out_specs=(P(AXIS), P(AXIS) if method.aggregator.over_mail else P(), P()),
         check_vma=False,
     )(key, round_, shared, clients, mail, engine.buckets, cohort, engine.pool)
     count = totals["clients"]
@@ -374,6 +382,14 @@ def server_step(engine: Engine, key: PRNGKey, server: Server, round_: Int[Array,
     return engine.method.server_update(k_server, server, received)
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 4))
+def server_step_over_mail(engine: Engine, key: PRNGKey, server: Server, round_, tables: PyTree, weights: Aggregate):
+    """`server_step` for uploads that lie in the mail's places; the answers are written over them."""
+    received = weights._replace(value=(tables, weights.value))
+    server, mail = server_step(engine, key, server, round_, received)
+    return server, jax.lax.with_sharding_constraint(mail, NamedSharding(engine.mesh, P(AXIS)))
+
+
 def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, cohort, pool):
     """All blocks of one device: the clients' new state, the folded uploads, and sums for the log."""
     method, spec = engine.method, engine.clients
@@ -381,9 +397,14 @@ def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, coh
     first_user = jax.lax.axis_index(AXIS) * slots
     pool_size = spec.pool_size
     example = _example_step(engine, 0, key, round_, shared, clients, mail, buckets, pool)
+    over_mail = method.aggregator.over_mail
+    if over_mail:
+        folded = mail, jnp.zeros(slots)
+    else:
+        folded = method.aggregator.init(example.upload, spec.num_items, slots)
     carry = (
         clients,
-        method.aggregator.init(example.upload, spec.num_items, slots),
+        folded,
         {
             "info": {name: jnp.zeros(()) for name in example.info},
             "weight": jnp.zeros(()),
@@ -400,7 +421,11 @@ def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, coh
             real = record.user < spec.num_users
             slot = jnp.where(real, record.user - first_user, slots)
             steps = epoch_steps(method.sampling, size, record.length.max())
-            run = functools.partial(local_step, method, size, spec.num_items, pool, key, round_, shared, clients, mail)
+            # read where it is written: a second reference to the mail would be a copy
+            letters = folded[0] if over_mail else mail
+            run = functools.partial(
+                local_step, method, size, spec.num_items, pool, key, round_, shared, clients, letters
+            )
             done = jax.vmap(lambda s, r: run(s, r, steps))(slot, record)
             rows = None if size.dense else done.rows
             weight = done.weight * real
@@ -549,8 +574,9 @@ def _bytes_per_client(engine: Engine) -> dict[str, int]:
     largest = int(np.argmax([s.rows for s in engine.sizes]))
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     step = jax.eval_shape(
-        lambda k, r, s, c: _example_step(engine, largest, k, r, s, c, (), engine.buckets, engine.pool),
+        lambda k, r, s, c, m: _example_step(engine, largest, k, r, s, c, m, engine.buckets, engine.pool),
         jax.eval_shape(lambda: jax.random.key(0)), scalar, shared, stacked,
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), state.mail),
     )  # fmt: skip
     in_exchange = {}
     if method.exchange:
@@ -558,7 +584,7 @@ def _bytes_per_client(engine: Engine) -> dict[str, int]:
         in_exchange = {"exchange_down": _bytes(published) - _bytes(shared), "exchange_up": _bytes(sent)}
     rows = engine.sizes[largest].rows
     table = lambda tree: _bytes({r: v for r, v in tree.items() if r in ITEM_ROLES})
-    up_rows, down_full = _bytes(step.upload), _bytes(shared)
+    up_rows, down_full = _bytes(step.upload), _bytes(shared) + _bytes(state.mail)
     up_tables = table(step.upload)
     return {
         "down": down_full,
@@ -582,6 +608,7 @@ def _memory_bytes(engine: Engine) -> dict[str, int]:
         in_flight = max(in_flight, 3 * _exchange_block(engine) * spec.num_items * row)
     parts = {
         "clients": _bytes(state.clients) * spec.num_slots,
+        "mail": _bytes(state.mail) * spec.num_slots,
         "server": 3 * _bytes(state.server),
         "data": sum(x.nbytes for b in spec.buckets for x in b if x is not None),
         "block": in_flight * spec.num_devices,

@@ -46,6 +46,7 @@ class Oracle:
         shared = self.method.publish(k_publish, state.server)
         clients = jax.tree.map(np.array, state.clients)
         sent, weights, infos = [], [], []
+        over_mail = self.method.aggregator.over_mail
         for user in users:
             own = jax.tree.map(lambda x, u=user: x[u], clients)
             mine = jax.tree.map(lambda x, u=user: x[u], state.mail)
@@ -56,7 +57,8 @@ class Oracle:
             sent.append(upload)
             weights.append(float(weight))
             infos.append(info)
-        received = Aggregate(weighted_mean(sent, weights), jnp.float32(sum(weights)), jnp.float32(len(weights)))
+        value = stacked(state.mail, sent, weights, users) if over_mail else weighted_mean(sent, weights)
+        received = Aggregate(value, jnp.float32(sum(weights)), jnp.float32(len(weights)))
         server, mail = self.method.server_update(k_server, state.server, received)
         info = {name: np.mean([float(i[name]) for i in infos]) for name in infos[0]}
         state = State(server, clients, mail)
@@ -164,3 +166,14 @@ def weighted_mean(sent: list, weights: list[float]):
     total = sum(weights)
     add_up = lambda *leaves: sum(w * np.asarray(x, np.float64) for w, x in zip(weights, leaves, strict=True))
     return jax.tree.map(lambda *leaves: jnp.asarray(add_up(*leaves) / total, jnp.float32), *sent)
+
+
+def stacked(mail, sent: list, weights: list[float], users):
+    """(mail with the senders' places taken by their uploads, weights [users])."""
+    tables = jax.tree.map(np.array, mail)
+    present = np.zeros(len(jax.tree.leaves(tables)[0]), np.float32)
+    for user, upload, weight in zip(users, sent, weights, strict=True):
+        present[user] = weight
+        for kept, new in zip(jax.tree.leaves(tables), jax.tree.leaves(upload), strict=True):
+            kept[user] = new
+    return jax.tree.map(jnp.asarray, tables), jnp.asarray(present)
