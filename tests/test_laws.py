@@ -44,7 +44,7 @@ OWN = {
     "mlp_fusion": VIEWS,
     "fedvbpr": {**VIEWS, "id_dim": 2},
 }
-PLAIN = {name: Case(name, OWN.get(name, {})) for name in methods.METHODS}
+PLAIN = {name: Case(name, OWN.get(name, {})) for name, entry in methods.METHODS.items() if not entry.central}
 TWICE = {"redraw": "epoch", "local_epochs": 2}
 SPECIAL = {
     "momentum": Case(
