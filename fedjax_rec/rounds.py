@@ -234,8 +234,9 @@ def _blocks(engine: Engine) -> tuple[int, ...]:
 
 
 def row_bytes(engine: Engine) -> int:
-    """Bytes of one item row over all item roles that a client holds."""
+    """Bytes of one item row over all item roles that a client holds in a round."""
     state, shared = _shapes(engine.method)
+    shared = each_round(engine.method, shared)
     mail = state.mail if isinstance(state.mail, dict) else {}
     tables = [v for tree in (shared, state.clients, mail) for r, v in tree.items() if r in ITEM_ROLES]
     return sum(int(np.prod(x.shape[1:])) * x.dtype.itemsize for x in jax.tree.leaves(tables))
