@@ -132,3 +132,21 @@ def stacked(weight: Callable[[LocalData], Float[Array, ""]] = equal) -> Aggregat
         return jax.tree.map(lambda x: jax.lax.all_gather(x, axis, tiled=True), state)
 
     return Aggregator(init, add, merge, lambda state, w, n: Aggregate(state, w, n), weight)
+
+
+def stacked_over_mail(weight: Callable[[LocalData], Float[Array, ""]] = equal) -> Aggregator:
+    """As `stacked`, but every upload takes the place of its sender's mail, which it equals in shape.
+
+    A client has read its mail when its upload is written, and nobody else reads it. Absent clients' places keep their
+    mail, with weight 0. For methods whose working set is the catalogue (`rows="all"`).
+    """
+
+    def add(state, uploads, weights, rows, clients):
+        held, present = state
+        held = jax.tree.map(lambda h, x: h.at[clients].set(x, mode="drop"), held, uploads)
+        return held, present.at[clients].set(weights, mode="drop")
+
+    def init(upload, num_items, num_clients):
+        raise TypeError("stacked_over_mail starts from the mail")
+
+    return Aggregator(init, add, lambda s, axis: s, lambda s, w, n: Aggregate(s, w, n), weight, over_mail=True)

@@ -224,6 +224,7 @@ def introduction(ready: Experiment) -> str:
     """What a person should know before a run: data, protocol, sizes."""
     sent = ready.engine.bytes_per_client()
     need = ready.engine.memory_bytes()["total"]
+    dense = f", {sent['exchange_up']:,} each way more in a guidance round" if "exchange_up" in sent else ""
     buckets = ", ".join(
         f"{b.user.shape[0]} clients of up to {b.history.shape[1]} items (blocks of {n})"
         for b, n in zip(ready.engine.clients.buckets, ready.engine.block, strict=True)
@@ -232,7 +233,7 @@ def introduction(ready: Experiment) -> str:
         [
             splits.describe(ready.interactions, ready.split),
             f"padding        {ready.engine.clients.padding_fraction:.1%} of history slots; {buckets}",
-            f"bytes          down {sent['down']:,} up {sent['up']:,} per client and round (full tables)",
+            f"bytes          down {sent['down']:,} up {sent['up']:,} per client and round (full tables){dense}",
             f"memory         about {need / 2**20:,.0f} MiB on {ready.engine.mesh.size} x {device_name()}",
             describe(ready.protocol),
         ]

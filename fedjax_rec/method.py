@@ -113,6 +113,9 @@ class Aggregator(NamedTuple):
     merge:  (accumulator, mesh axis) -> accumulator summed over devices
     finish: (accumulator, weight, count) -> Aggregate
     weight: one client's weight from its data; padding clients weigh 0 whatever it says
+    over_mail: uploads are written into the places of their senders' mail (see Method.init_mail), which they equal in
+        shape: the accumulator is (mail, weights [clients]), stays spread over the devices, and `init` and `merge` are
+        not called. The server then answers in place: clients x upload is held once, not twice.
     """
 
     init: Callable[..., PyTree]
@@ -120,6 +123,32 @@ class Aggregator(NamedTuple):
     merge: Callable[[PyTree, str], PyTree]
     finish: Callable[..., Aggregate]
     weight: Callable[[LocalData], Float[Array, ""]]
+    over_mail: bool = False
+
+
+class Exchange(NamedTuple):
+    """A second pass over ALL clients in some rounds, in which whole tables travel: every client uploads, the server
+    takes the mean, every client takes the answer in. Costs clients x items where a round costs interactions; the
+    engine streams it in blocks.
+
+    Attributes:
+        due: whether round number r (0-based, a Python int) has one.
+        at_start: before the round's local work instead of after it.
+        upload: (client) -> upload over the catalogue.
+        server_update: (key, Server, mean of the uploads over all users) -> Server.
+        apply: (key, shared, client over the catalogue, data) -> (client, info); `data` are the client's samples of the
+            round, its `rows` the working set among the catalogue.
+        sampling: how `data` are drawn; with the method's own negatives and redraw=round these are the round's samples.
+        roles: shared roles that travel in this pass only: a round's local work does not see them.
+    """
+
+    due: Callable[[int], bool]
+    at_start: bool
+    upload: Callable[[Client], Upload]
+    server_update: Callable[[PRNGKey, Server, Upload], Server]
+    apply: Callable[[PRNGKey, Params, Client, LocalData], tuple[Client, Info]]
+    sampling: Sampling
+    roles: tuple[str, ...] = ()
 
 
 class Method(NamedTuple):
@@ -144,6 +173,9 @@ class Method(NamedTuple):
             full catalogue (a router's weights); {} by default.
         rows: `touched` restricts item roles to the working set; `all` hands every client the catalogue.
         config: the settings the method was built from, for the log.
+        exchange: a dense pass over all clients in some rounds, or None.
+        init_mail: (Server) -> one client's mail before the first round, or () where the server answers nobody. A
+            `download` is given () for a user who was not there in training.
     """
 
     name: str
@@ -162,6 +194,8 @@ class Method(NamedTuple):
     client_init: Literal["random", "shared"] = "random"
     config: Any = None
     explain: Callable[[Params, Params, LocalData], dict[str, Array]] = lambda shared, params, data: {}
+    exchange: Exchange | None = None
+    init_mail: Callable[[Server], Mail] = lambda server: ()
 
 
 @struct.dataclass

@@ -60,6 +60,8 @@ PUBLISHED: dict[str, Protocol] = {
     "fedmf": _OUTSIDE_ALL,
     "pfedrec": _OUTSIDE_ALL,
     "fedrap": _OUTSIDE_ALL,
+    "fedrkg": _OUTSIDE_ALL,
+    "gpfedrec": _OUTSIDE_ALL,
 }
 
 

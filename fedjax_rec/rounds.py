@@ -29,6 +29,7 @@ AXIS = "clients"
 SERVER = np.uint32(2**32 - 1)  # the server's stream of randomness: no user has this id
 START = np.uint32(2**32 - 1)  # the stream of the state before the first round: no round has this number
 CPU_BLOCK_BYTES = 2**18  # a few clients: their rows, changes and batches together stay in one core's L2 cache
+EXCHANGE_CPU_BYTES = 2**22  # whole tables of a few clients
 DEVICE_BLOCK_BYTES = 2**28  # enough clients to occupy an accelerator
 
 
@@ -113,15 +114,36 @@ class Engine:
             cohort: who takes part; default everybody.
 
         Returns:
-            the new state, and info: means over the clients that took part, with `clients` their number.
+            the new state, and info: means over the clients that took part, with `clients` their number. A round with
+            an exchange (see method.py) adds what its clients tell, and calls three functions more.
         """
+        exchange, told = self.method.exchange, {}
+        due = exchange is not None and exchange.due(int(round_))
         round_ = jnp.asarray(round_, jnp.int32)
+        if due and exchange.at_start:
+            state, told = self.exchange(key, state, round_)
         shared = publish(self, key, state.server, round_)
         clients, received, info = client_round(
             self, key, shared, state.clients, state.mail, round_, cohort or self.everybody
         )
-        server, mail = server_step(self, key, state.server, round_, received)
-        return State(server, clients, mail), info
+        if self.method.aggregator.over_mail:
+            tables, weights = received.value
+            server, mail = server_step_over_mail(
+                self, key, state.server, round_, tables, received._replace(value=weights)
+            )
+        else:
+            server, mail = server_step(self, key, state.server, round_, received)
+        state = State(server, clients, mail)
+        if due and not exchange.at_start:
+            state, told = self.exchange(key, state, round_)
+        return state, {**info, **told}
+
+    def exchange(self, key: PRNGKey, state: State, round_: Int[Array, ""]):
+        """The dense pass of a method with an Exchange: (state, means over all users). `state` is donated."""
+        server = exchange_up(self, key, state.server, state.clients, round_)
+        shared = publish(self, key, server, round_)
+        clients, told = exchange_down(self, key, shared, state.clients, round_)
+        return State(server, clients, state.mail), told
 
     @functools.cached_property
     def everybody(self) -> Cohort:
@@ -161,7 +183,8 @@ class Engine:
 
     def bytes_per_client(self) -> dict[str, int]:
         """Bytes that one client receives and sends in a round: `down`, `up` count full tables (what the
-        protocols exchange); `down_rows`, `up_rows` only the working set of the largest bucket."""
+        protocols exchange); `down_rows`, `up_rows` only the working set of the largest bucket; `exchange_down`,
+        `exchange_up` what a round with an exchange adds."""
         return _bytes_per_client(self)
 
     def memory_bytes(self) -> dict[str, int]:
@@ -211,9 +234,11 @@ def _blocks(engine: Engine) -> tuple[int, ...]:
 
 
 def row_bytes(engine: Engine) -> int:
-    """Bytes of one item row over all item roles that a client holds."""
+    """Bytes of one item row over all item roles that a client holds in a round."""
     state, shared = _shapes(engine.method)
-    tables = [v for tree in (shared, state.clients) for r, v in tree.items() if r in ITEM_ROLES]
+    shared = each_round(engine.method, shared)
+    mail = state.mail if isinstance(state.mail, dict) else {}
+    tables = [v for tree in (shared, state.clients, mail) for r, v in tree.items() if r in ITEM_ROLES]
     return sum(int(np.prod(x.shape[1:])) * x.dtype.itemsize for x in jax.tree.leaves(tables))
 
 
@@ -223,7 +248,7 @@ def _shapes(method: Method) -> tuple[State, Params]:
     def fresh(key):
         server = method.init_server(key)
         shared = method.publish(key, server)
-        return State(server, method.init_client(key, shared), ()), shared
+        return State(server, method.init_client(key, shared), method.init_mail(server)), shared
 
     return jax.eval_shape(fresh, jax.eval_shape(lambda: jax.random.key(0)))
 
@@ -293,6 +318,7 @@ def local_step(
     k_draw, k_train, k_upload = streams(client_key(key, round_, record.user))
     data = draw_local_data(k_draw, record, method.sampling, size, num_items, pool, steps, round_)
     rows = None if size.dense else data.rows
+    shared = each_round(method, shared)
     view = shared if size.dense else restrict(shared, data.rows)
     client = restrict_client(clients, slot, rows)
     mine = jax.tree.map(lambda x: x.at[slot].get(mode="clip"), mail)
@@ -300,6 +326,12 @@ def local_step(
     params, update, info = method.local_update(k_train, view, params, data)
     client, upload = method.upload(k_upload, view, params, update, data)
     return Step(client, upload, method.aggregator.weight(data), info, data.rows, params)
+
+
+def each_round(method: Method, shared: Params) -> Params:
+    """What of the shared roles travels in every round."""
+    apart = method.exchange.roles if method.exchange else ()
+    return {role: value for role, value in shared.items() if role not in apart}
 
 
 # ---- all clients -------------------------------------------------------------------------------------------
@@ -315,7 +347,8 @@ def _init(engine: Engine, key: PRNGKey) -> State:
     clients = jax.vmap(lambda user: method.init_client(client_key(key, START, user), shared))(users)
     everywhere, spread = NamedSharding(engine.mesh, P()), NamedSharding(engine.mesh, P(AXIS))
     constrain = jax.lax.with_sharding_constraint
-    return State(constrain(server, everywhere), constrain(clients, spread), ())
+    mail = jax.tree.map(lambda x: jnp.broadcast_to(x, (slots, *x.shape)), method.init_mail(server))
+    return State(constrain(server, everywhere), constrain(clients, spread), constrain(mail, spread))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -326,7 +359,7 @@ def publish(engine: Engine, key: PRNGKey, server: Server, round_: Int[Array, ""]
     return engine.method.publish(k_publish, server)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
 def client_round(engine: Engine, key, shared: Params, clients: Client, mail: Mail, round_, cohort: Cohort):
     """All clients' local work: (their state, the aggregate, means for the log)."""
     method = engine.method
@@ -334,7 +367,7 @@ def client_round(engine: Engine, key, shared: Params, clients: Client, mail: Mai
         functools.partial(_local_pass, engine),
         mesh=engine.mesh,
         in_specs=(P(), P(), P(), P(AXIS), P(AXIS), P(AXIS), P(AXIS), P()),
-        out_specs=(P(AXIS), P(), P()),
+        out_specs=(P(AXIS), P(AXIS) if method.aggregator.over_mail else P(), P()),
         check_vma=False,
     )(key, round_, shared, clients, mail, engine.buckets, cohort, engine.pool)
     count = totals["clients"]
@@ -350,6 +383,14 @@ def server_step(engine: Engine, key: PRNGKey, server: Server, round_: Int[Array,
     return engine.method.server_update(k_server, server, received)
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 4))
+def server_step_over_mail(engine: Engine, key: PRNGKey, server: Server, round_, tables: PyTree, weights: Aggregate):
+    """`server_step` for uploads that lie in the mail's places; the answers are written over them."""
+    received = weights._replace(value=(tables, weights.value))
+    server, mail = server_step(engine, key, server, round_, received)
+    return server, jax.lax.with_sharding_constraint(mail, NamedSharding(engine.mesh, P(AXIS)))
+
+
 def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, cohort, pool):
     """All blocks of one device: the clients' new state, the folded uploads, and sums for the log."""
     method, spec = engine.method, engine.clients
@@ -357,9 +398,14 @@ def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, coh
     first_user = jax.lax.axis_index(AXIS) * slots
     pool_size = spec.pool_size
     example = _example_step(engine, 0, key, round_, shared, clients, mail, buckets, pool)
+    over_mail = method.aggregator.over_mail
+    if over_mail:
+        folded = mail, jnp.zeros(slots)
+    else:
+        folded = method.aggregator.init(example.upload, spec.num_items, slots)
     carry = (
         clients,
-        method.aggregator.init(example.upload, spec.num_items, slots),
+        folded,
         {
             "info": {name: jnp.zeros(()) for name in example.info},
             "weight": jnp.zeros(()),
@@ -376,7 +422,11 @@ def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, coh
             real = record.user < spec.num_users
             slot = jnp.where(real, record.user - first_user, slots)
             steps = epoch_steps(method.sampling, size, record.length.max())
-            run = functools.partial(local_step, method, size, spec.num_items, pool, key, round_, shared, clients, mail)
+            # read where it is written: a second reference to the mail would be a copy
+            letters = folded[0] if over_mail else mail
+            run = functools.partial(
+                local_step, method, size, spec.num_items, pool, key, round_, shared, clients, letters
+            )
             done = jax.vmap(lambda s, r: run(s, r, steps))(slot, record)
             rows = None if size.dense else done.rows
             weight = done.weight * real
@@ -392,6 +442,110 @@ def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, coh
         carry = jax.lax.fori_loop(0, cohort.blocks[b][0], one_block, carry)
     clients, folded, totals = carry
     return clients, method.aggregator.merge(folded, AXIS), jax.lax.psum(totals, AXIS)
+
+
+# ---- exchanges: dense passes over all clients --------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def exchange_up(engine: Engine, key: PRNGKey, server: Server, clients: Client, round_: Int[Array, ""]) -> Server:
+    """All clients' uploads, folded block by block into their mean, and the server's answer to it."""
+    exchange, spec, block = engine.method.exchange, engine.clients, _exchange_block(engine)
+    slots = spec.users_per_device
+
+    def on_device(clients):
+        first_user = jax.lax.axis_index(AXIS) * slots
+        sent = jax.eval_shape(lambda x: exchange.upload(restrict_client(x, jnp.int32(0), None)), clients)
+
+        def one_block(i, total):
+            slot = i * block + jnp.arange(block)
+            real = (slot < slots) & (first_user + slot < spec.num_users)
+            uploads = jax.vmap(lambda s: exchange.upload(restrict_client(clients, s, None)))(slot)
+            return jax.tree.map(lambda t, x: t + jnp.tensordot(real.astype(x.dtype), x, 1), total, uploads)
+
+        total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sent)
+        return jax.lax.psum(jax.lax.fori_loop(0, -(-slots // block), one_block, total), AXIS)
+
+    total = jax.shard_map(on_device, mesh=engine.mesh, in_specs=P(AXIS), out_specs=P(), check_vma=False)(clients)
+    mean = jax.tree.map(lambda x: x / spec.num_users, total)
+    return exchange.server_update(exchange_key(client_key(key, round_, SERVER)), server, mean)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def exchange_down(engine: Engine, key: PRNGKey, shared: Params, clients: Client, round_: Int[Array, ""]):
+    """Every client takes the server's answer into its whole state, in place: (their state, means for the log)."""
+    clients, totals = jax.shard_map(
+        functools.partial(_exchange_pass, engine),
+        mesh=engine.mesh,
+        in_specs=(P(), P(), P(), P(AXIS), P(AXIS), P()),
+        out_specs=(P(AXIS), P()),
+        check_vma=False,
+    )(key, round_, shared, clients, engine.buckets, engine.pool)
+    return clients, {name: total / engine.clients.num_users for name, total in totals.items()}
+
+
+def exchange_key(key: PRNGKey) -> PRNGKey:
+    """A client's (or the server's) stream for a round's exchange; see `streams` for the others."""
+    return jax.random.fold_in(key, 5)
+
+
+def exchange_step(
+    method: Method,
+    size: Sizes,
+    num_items: int,
+    pool: Array | None,
+    key: PRNGKey,
+    round_: Int[Array, ""],
+    shared: Params,
+    client: Client,
+    record: Record,
+    steps: Int[Array, ""],
+) -> tuple[Client, dict[str, Array]]:
+    """One client's part in an exchange. Its samples come from the stream of the round's own."""
+    exchange, mine = method.exchange, client_key(key, round_, record.user)
+    data = draw_local_data(streams(mine)[0], record, exchange.sampling, size, num_items, pool, steps, round_)
+    return exchange.apply(exchange_key(mine), shared, client, data)
+
+
+def _exchange_pass(engine: Engine, key, round_, shared, clients, buckets, pool):
+    """All blocks of one device."""
+    method, spec, most = engine.method, engine.clients, _exchange_block(engine)
+    sampling, slots = method.exchange.sampling, spec.users_per_device
+    first_user = jax.lax.axis_index(AXIS) * slots
+    totals = None
+    for bucket in buckets:
+        size = sizes(sampling, bucket.history.shape[1], spec.num_items, all_rows=method.rows == "all")
+        count = bucket.user.shape[0]
+        block = min(most, count)
+
+        def on_block(clients, position, bucket=bucket, size=size):
+            record = record_at(bucket, position, spec.num_users, spec.num_items, spec.pool_size)
+            real = record.user < spec.num_users
+            slot = jnp.where(real, record.user - first_user, slots)
+            steps = epoch_steps(sampling, size, record.length.max())
+            run = functools.partial(exchange_step, method, size, spec.num_items, pool, key, round_, shared)
+            new, info = jax.vmap(lambda s, r: run(restrict_client(clients, s, None), r, steps))(slot, record)
+            told = {name: jnp.where(real, value, 0).sum() for name, value in info.items()}
+            return store_clients(clients, slot, None, new), told
+
+        def one_block(i, carry, on_block=on_block, block=block):
+            clients, totals = carry
+            # positions beyond the bucket give empty clients
+            clients, told = on_block(clients, i * block + jnp.arange(block))
+            return clients, jax.tree.map(jnp.add, totals, told)
+
+        if totals is None:
+            _, told = jax.eval_shape(on_block, clients, jnp.arange(block))
+            totals = {name: jnp.zeros(()) for name in told}
+        clients, totals = jax.lax.fori_loop(0, -(-count // block), one_block, (clients, totals))
+    return clients, jax.lax.psum(totals, AXIS)
+
+
+def _exchange_block(engine: Engine) -> int:
+    """Clients whose whole tables are in flight at once, before and after an exchange."""
+    budget = EXCHANGE_CPU_BYTES if jax.default_backend() == "cpu" else DEVICE_BLOCK_BYTES
+    fits = max(budget // (3 * engine.clients.num_items * row_bytes(engine)), 1)
+    return int(min(2 ** int(np.log2(fits)), max(engine.block)))
 
 
 def _example_step(engine: Engine, b: int, key, round_, shared, clients, mail, buckets, pool) -> Step:
@@ -415,23 +569,30 @@ def _bytes(tree: PyTree) -> int:
 
 def _bytes_per_client(engine: Engine) -> dict[str, int]:
     method, spec = engine.method, engine.clients
-    state, shared = _shapes(method)
+    state, published = _shapes(method)
+    shared = each_round(method, published)
     stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), state.clients)
     largest = int(np.argmax([s.rows for s in engine.sizes]))
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     step = jax.eval_shape(
-        lambda k, r, s, c: _example_step(engine, largest, k, r, s, c, (), engine.buckets, engine.pool),
+        lambda k, r, s, c, m: _example_step(engine, largest, k, r, s, c, m, engine.buckets, engine.pool),
         jax.eval_shape(lambda: jax.random.key(0)), scalar, shared, stacked,
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), state.mail),
     )  # fmt: skip
+    in_exchange = {}
+    if method.exchange:
+        sent = jax.eval_shape(method.exchange.upload, state.clients)
+        in_exchange = {"exchange_down": _bytes(published) - _bytes(shared), "exchange_up": _bytes(sent)}
     rows = engine.sizes[largest].rows
     table = lambda tree: _bytes({r: v for r, v in tree.items() if r in ITEM_ROLES})
-    up_rows, down_full = _bytes(step.upload), _bytes(shared)
+    up_rows, down_full = _bytes(step.upload), _bytes(shared) + _bytes(state.mail)
     up_tables = table(step.upload)
     return {
         "down": down_full,
         "up": up_rows - up_tables + up_tables // rows * spec.num_items,
         "down_rows": down_full - table(shared) + table(shared) // spec.num_items * rows,
         "up_rows": up_rows,
+        **in_exchange,
     }
 
 
@@ -444,8 +605,11 @@ def _memory_bytes(engine: Engine) -> dict[str, int]:
         block * (4 * size.rows + 3 * size.batch) * row + block * 16 * (size.epoch + size.draws)
         for size, block in zip(engine.sizes, engine.block, strict=True)
     )
+    if method.exchange:
+        in_flight = max(in_flight, 3 * _exchange_block(engine) * spec.num_items * row)
     parts = {
         "clients": _bytes(state.clients) * spec.num_slots,
+        "mail": _bytes(state.mail) * spec.num_slots,
         "server": 3 * _bytes(state.server),
         "data": sum(x.nbytes for b in spec.buckets for x in b if x is not None),
         "block": in_flight * spec.num_devices,

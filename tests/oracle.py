@@ -16,8 +16,8 @@ import numpy as np
 
 from fedjax_rec.data.sampling import Record, draw_local_data, epoch_steps, sizes
 from fedjax_rec.data.splits import Split
-from fedjax_rec.method import Aggregate, Listed, LocalData, Method, all_batches
-from fedjax_rec.rounds import SERVER, State, client_key, streams
+from fedjax_rec.method import Aggregate, Listed, LocalData, Method, Sampling, all_batches
+from fedjax_rec.rounds import SERVER, State, client_key, exchange_key, streams
 
 
 def data_on_host(data: LocalData) -> types.SimpleNamespace:
@@ -38,11 +38,15 @@ class Oracle:
 
     def round(self, key, state: State, round_: int, users=None):
         """(state, mean of the clients' infos); `users` take part, default all."""
+        exchange = self.method.exchange
+        if exchange and exchange.at_start and exchange.due(round_):
+            state = self.exchange(key, state, round_)
         users = range(self.split.num_users) if users is None else users
         k_publish, k_server = jax.random.split(client_key(key, jnp.int32(round_), SERVER))
         shared = self.method.publish(k_publish, state.server)
         clients = jax.tree.map(np.array, state.clients)
         sent, weights, infos = [], [], []
+        over_mail = self.method.aggregator.over_mail
         for user in users:
             own = jax.tree.map(lambda x, u=user: x[u], clients)
             mine = jax.tree.map(lambda x, u=user: x[u], state.mail)
@@ -53,10 +57,31 @@ class Oracle:
             sent.append(upload)
             weights.append(float(weight))
             infos.append(info)
-        received = Aggregate(weighted_mean(sent, weights), jnp.float32(sum(weights)), jnp.float32(len(weights)))
+        value = stacked(state.mail, sent, weights, users) if over_mail else weighted_mean(sent, weights)
+        received = Aggregate(value, jnp.float32(sum(weights)), jnp.float32(len(weights)))
         server, mail = self.method.server_update(k_server, state.server, received)
         info = {name: np.mean([float(i[name]) for i in infos]) for name in infos[0]}
-        return State(server, clients, mail), info
+        state = State(server, clients, mail)
+        if exchange and not exchange.at_start and exchange.due(round_):
+            state = self.exchange(key, state, round_)
+        return state, info
+
+    def exchange(self, key, state: State, round_: int) -> State:
+        """The dense pass over all users, one after the other."""
+        everybody, exchange = range(self.split.num_users), self.method.exchange
+        clients = jax.tree.map(np.array, state.clients)
+        one = lambda user: jax.tree.map(lambda x: x[user], clients)
+        mean = weighted_mean([exchange.upload(one(user)) for user in everybody], [1.0] * len(everybody))
+        k_server = client_key(key, jnp.int32(round_), SERVER)
+        server = exchange.server_update(exchange_key(k_server), state.server, mean)
+        shared = self.method.publish(jax.random.key(0), server)
+        for user in everybody:
+            mine = client_key(key, jnp.int32(round_), jnp.int32(user))
+            data = self.data(streams(mine)[0], user, round_, exchange.sampling)
+            new, _ = self._apply(exchange_key(mine), shared, one(user), data)
+            for kept, value in zip(jax.tree.leaves(clients), jax.tree.leaves(new), strict=True):
+                kept[user] = value
+        return State(server, clients, state.mail)
 
     def client(self, key, shared, mail, own, user: int, round_: int):
         """One client's round: (what stays, upload, weight, info, model)."""
@@ -71,11 +96,11 @@ class Oracle:
         data = self.data(jax.random.key(0), user, 0)
         return self.method.score(shared, self.method.download(shared, (), own, data), data)
 
-    def data(self, key, user: int, round_: int):
+    def data(self, key, user: int, round_: int, sampling: Sampling | None = None):
         """The client's samples, pointing into the catalogue."""
-        mine = self.history(user)
-        steps = epoch_steps(self.method.sampling, self.sizes, jnp.int32(len(mine)))
-        local = self._draw(key, self.record(user), steps, jnp.int32(round_))
+        mine, sampling = self.history(user), sampling or self.method.sampling
+        steps = epoch_steps(sampling, self.sizes(sampling), jnp.int32(len(mine)))
+        local = self._draw(sampling)(key, self.record(user), steps, jnp.int32(round_))
         rows, batches = local.rows, all_batches(local)
         return local.replace(
             rows=jnp.arange(self.split.num_items),
@@ -88,9 +113,11 @@ class Oracle:
         return self.split.train.item[self.split.train.user == user]
 
     @functools.cached_property
-    def sizes(self):
-        longest = max(len(self.history(user)) for user in range(self.split.num_users))
-        return sizes(self.method.sampling, longest, self.split.num_items)
+    def longest(self) -> int:
+        return max(len(self.history(user)) for user in range(self.split.num_users))
+
+    def sizes(self, sampling: Sampling):
+        return sizes(sampling, self.longest, self.split.num_items)
 
     def record(self, user: int) -> Record:
         mine, items = self.history(user), self.split.num_items
@@ -101,21 +128,25 @@ class Oracle:
         padded = lambda x, width, fill: jnp.asarray(np.append(x, np.full(width - len(x), fill)).astype(np.int32))
         return Record(
             user=jnp.int32(user),
-            history=padded(mine, self.sizes.history, items),
+            history=padded(mine, self.longest, items),
             length=jnp.int32(len(mine)),
             forbidden=padded(forbidden, len(pool), len(pool)),
             num_forbidden=jnp.int32(len(forbidden)),
         )
 
     # Compiled for one client only so that the loop does not take minutes.
-    @functools.cached_property
-    def _draw(self):
+    @functools.cache  # noqa: B019
+    def _draw(self, sampling: Sampling):
         pool = None if self.pool is None else jnp.asarray(self.pool)
         return jax.jit(
             lambda key, record, steps, round_: draw_local_data(
-                key, record, self.method.sampling, self.sizes, self.split.num_items, pool, steps, round_
+                key, record, sampling, self.sizes(sampling), self.split.num_items, pool, steps, round_
             )
         )
+
+    @functools.cached_property
+    def _apply(self):
+        return jax.jit(self.method.exchange.apply)
 
     @functools.cached_property
     def _train(self):
@@ -135,3 +166,14 @@ def weighted_mean(sent: list, weights: list[float]):
     total = sum(weights)
     add_up = lambda *leaves: sum(w * np.asarray(x, np.float64) for w, x in zip(weights, leaves, strict=True))
     return jax.tree.map(lambda *leaves: jnp.asarray(add_up(*leaves) / total, jnp.float32), *sent)
+
+
+def stacked(mail, sent: list, weights: list[float], users):
+    """(mail with the senders' places taken by their uploads, weights [users])."""
+    tables = jax.tree.map(np.array, mail)
+    present = np.zeros(len(jax.tree.leaves(tables)[0]), np.float32)
+    for user, upload, weight in zip(users, sent, weights, strict=True):
+        present[user] = weight
+        for kept, new in zip(jax.tree.leaves(tables), jax.tree.leaves(upload), strict=True):
+            kept[user] = new
+    return jax.tree.map(jnp.asarray, tables), jnp.asarray(present)

@@ -6,20 +6,23 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from fedjax_rec.central import ease
 from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.method import Method
-from fedjax_rec.methods import fedmf, fedncf, fedrap, fusion, pfedrec
+from fedjax_rec.methods import fedmf, fedncf, fedrap, fedrkg, fusion, gpfedrec, pfedrec
 from fedjax_rec.sharing import LocalConfig
 from fedjax_rec.validate import nearest, one_of
 
 
 class Entry(NamedTuple):
     """build: (config, num_users, num_items, name[, catalogue]) -> Method; config: its settings with their defaults;
-    reads_items: whether it takes the catalogue's features."""
+    reads_items: whether it takes the catalogue's features; central: whether the server sees histories (no federated
+    method)."""
 
     build: Callable[..., Method]
     config: LocalConfig
     reads_items: bool = False
+    central: bool = False
 
 
 METHODS: dict[str, Entry] = {
@@ -29,6 +32,9 @@ METHODS: dict[str, Entry] = {
     "fedncf": Entry(fedncf.fedncf, fedncf.Config()),
     "pfedrec": Entry(pfedrec.pfedrec, pfedrec.Config()),
     "fedrap": Entry(fedrap.fedrap, fedrap.Config()),
+    "fedrkg": Entry(fedrkg.fedrkg, fedrkg.Config()),
+    "gpfedrec": Entry(gpfedrec.gpfedrec, gpfedrec.Config()),
+    "ease": Entry(ease.ease, ease.Config(), central=True),
     **{name: Entry(fusion.multimodal, config, reads_items=True) for name, config in fusion.PRESETS.items()},
 }
 

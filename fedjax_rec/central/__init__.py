@@ -1,0 +1,1 @@
+"""Centralised baselines: the server sees everybody's interactions. They run through the same engine and evaluator."""

@@ -1,0 +1,284 @@
+"""FedRKG: a client keeps its item table and, every few rounds, is guided by the mean of all tables.
+
+Between guidance rounds a client trains its own table P_u (`own_item`), user vector and score function alone. In round
+t = T_int, 2 T_int, ... (counted from 1), after local training (FedRKG, Algorithm 1):
+
+    P_g  <- 1/n sum_u P_u                                                every row, every user
+    g_ui  = sigmoid(W_u . [P_ui : P_gi : P_ui - P_gi] + b_u)             Eq. 5
+    (W_u, b_u) <- SGD on L_rec(beta P_u + (1 - beta) G_u), all else fixed    Eqs. 7-8, `gate_epochs` passes
+    P_ui <- beta P_ui + (1 - beta) G_ui,    G_ui = 2 g_ui P_gi           Eqs. 4, 6, 9: all items
+
+`guidance` chooses the variant:
+
+    ag             as above (Adaptive Guidance)
+    kg             G = P_g (Knowledge Guidance, Eq. 3; "w/o AG")
+    global_only    P_u <- P_g ("w/ GIE": replacement every T_int rounds; with T_int = 1 this is the backbone's method)
+    personal_only  no guidance ("w/ PIE")
+    local_only     no guidance, and no shared network either
+
+Follows: Personalized Federated Recommendation with Knowledge Guidance, section 4 and Algorithm 1. beta is what is
+kept of the client's own table: beta = 1 is `personal_only`, and kg with beta = 0 is `global_only`. The gate starts at
+zero, so that 2 g = 1 and the first adaptive guidance starts from the plain one.
+
+Deviations: the items' rate is lr x item_lr_scale x clients as everywhere here (the paper has one rate). Losses are
+means over a batch (Eq. 2 writes sums). The fedmf backbone has a user bias unless `user_bias=False`; fedncf's network
+stays on the client (section 3) unless `scorer=shared`. A guidance round trains the gate on the samples of that round.
+`server_optimizer` acts on the change of P_g: sgd with rate 1 is the paper's mean.
+
+`preset=released` is the released code: steps clipped to norm 1 over all parameters (the gate's as well), item rate
+lr x items x 80, shared normal(0, 1) start, the linear score function with a bias under the name fedmf, and guidance
+one round late: the mean of round t is applied at the start of round t + 1 (counted from 0), with that round's samples.
+Its rate decay (0.99 a round on Amazon-Video) is `rate_decay`. Not reproduced: it stops the gate's epochs early where
+the loss changes by less than 1e-4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from fedjax_rec import aggregate
+from fedjax_rec.backbones import Backbone
+from fedjax_rec.backbones.linear import linear_head
+from fedjax_rec.backbones.mf import matrix_factorisation
+from fedjax_rec.backbones.ncf import neural_cf
+from fedjax_rec.method import Exchange, Method, Server
+from fedjax_rec.roles import (
+    Loss,
+    Step,
+    binary_cross_entropy,
+    by_role,
+    difference,
+    local_sgd,
+    masked_mean,
+    on_tables,
+    optax_step,
+    restrict,
+    run_steps,
+    sgd_step,
+)
+from fedjax_rec.sharing import SERVER_OPTIMIZERS, LocalConfig, item_table
+from fedjax_rec.types import Params
+from fedjax_rec.validate import between, one_of, positive
+
+BACKBONES = ("fedmf", "fedncf", "pfedrec")
+GUIDANCE = ("ag", "kg", "global_only", "personal_only", "local_only")
+RELEASED_ITEM_RATE = 80.0  # lr_eta of the released code, times the number of items
+RELEASED_CLIP = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(LocalConfig):
+    """Attributes:
+    backbone: `fedmf`, `fedncf` or `pfedrec`.
+    guidance: see the module docstring.
+    beta: share of its own table that a client keeps in a guidance round.
+    interval: rounds from one guidance to the next.
+    gate_lr, gate_epochs: the gate's rate, and its passes over the client's samples in a guidance round.
+    delay: guidance at the start of the round after, as in the released code.
+    clip_norm: clips each step's gradient over all parameters; 0 does not.
+    rate_decay: factor on all rates but the gate's per round.
+    scorer: fedncf's network is `local`, or `shared` and averaged every round.
+    preset: `paper` or `released` (which sets clip_norm, delay, client_init, init_std and the item rate).
+    user_bias, user_init_std: of fedmf; layers, branches, network_lr_scale: of fedncf.
+    Others: see LocalConfig.
+    """
+
+    backbone: str = "fedmf"
+    guidance: str = "ag"
+    beta: float = 0.99
+    interval: int = 100
+    gate_lr: float = 1e-4
+    gate_epochs: int = 5
+    delay: bool = False
+    clip_norm: float = 0.0
+    rate_decay: float = 1.0
+    scorer: str = "local"
+    preset: str = "paper"
+    user_bias: bool = True
+    user_init_std: float = 0.01
+    layers: tuple[int, ...] = (32,)
+    branches: str = "mlp"
+    network_lr_scale: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of("backbone", self.backbone, BACKBONES)
+        one_of("guidance", self.guidance, GUIDANCE)
+        one_of("scorer", self.scorer, ("local", "shared"))
+        one_of("preset", self.preset, ("paper", "released"))
+        one_of("branches", self.branches, ("mlp", "neumf"))
+        between("beta", self.beta, 0.0, 1.0)
+        between("rate_decay", self.rate_decay, 0.0, 1.0)
+        for name in ("interval", "gate_epochs", "network_lr_scale"):
+            positive(name, getattr(self, name))
+        positive("layers", len(self.layers))
+        for name in ("gate_lr", "clip_norm", "user_init_std"):
+            positive(name, getattr(self, name), zero_allowed=True)
+        if self.backbone == "pfedrec":
+            one_of("optimizer", self.optimizer, ("sgd",))
+
+
+def gate_values(gate: Params, own: Float[Array, "rows dim"], guide: Float[Array, "rows dim"]) -> Float[Array, "rows"]:
+    """g_ui of one client (Eq. 5)."""
+    w_own, w_guide, w_apart = jnp.split(gate["weight"], 3)
+    return jax.nn.sigmoid(own @ w_own + guide @ w_guide + (own - guide) @ w_apart + gate["bias"])
+
+
+def guided(
+    own: Float[Array, "rows dim"], guide: Float[Array, "rows dim"], beta: float, gate: Params | None = None
+) -> Float[Array, "rows dim"]:
+    """A client's rows after guidance: Eq. 3, or Eq. 6 with a gate."""
+    strength = 1.0 if gate is None else 2.0 * gate_values(gate, own, guide)[:, None]
+    return beta * own + (1.0 - beta) * strength * guide
+
+
+def is_guidance_round(config: Config, round_: int) -> bool:
+    """Whether there is guidance in a round (0-based): at its end, or with `delay` at its start."""
+    if config.delay:
+        return round_ > 1 and (round_ - 1) % config.interval == 0
+    return (round_ + 1) % config.interval == 0
+
+
+def fedrkg(config: Config, num_users: int, num_items: int, name: str = "fedrkg") -> Method:
+    """FedRKG; see the module docstring."""
+    item_lr = config.item_lr(num_users)
+    if config.preset == "released":
+        config = dataclasses.replace(config, clip_norm=RELEASED_CLIP, delay=True, client_init="shared", init_std=1.0)
+        item_lr = config.lr * num_items * RELEASED_ITEM_RATE
+    backbone = _backbone(config)
+    sends_network = config.backbone == "fedncf" and config.scorer == "shared" and config.guidance != "local_only"
+    averaged = ("network",) if sends_network else ()
+    rates = {"user": config.lr, "head": config.lr, "network": config.lr * config.network_lr_scale}
+    roles = tuple(jax.eval_shape(backbone.init, jax.eval_shape(lambda: jax.random.key(0))))
+    rates = {**{role: rates[role] for role in roles}, "own_item": item_lr}
+    private = (*(role for role in roles if role not in averaged), "own_item")
+    adaptive = config.guidance == "ag"
+    optimizer = SERVER_OPTIMIZERS[config.server_optimizer](config.server_lr)
+
+    def init_server(key) -> Server:
+        if config.backbone == "fedncf":
+            key, k_network = jax.random.split(key)
+        shared = {"guide": item_table(key, num_items, backbone.width, config.init_std)}
+        if averaged:
+            shared["network"] = backbone.init(k_network)["network"]
+        return Server(shared, {role: optimizer.init(value) for role, value in shared.items()})
+
+    def init_client(key, shared):
+        own = backbone.init(key)
+        client = {**{role: own[role] for role in private if role in own}, "own_item": shared["guide"]}
+        # W_u = 0 and b_u = 0: the first gate is 1/2 everywhere
+        gate = {"weight": jnp.zeros(3 * backbone.width), "bias": jnp.zeros(())}
+        return {**client, "gate": gate} if adaptive else client
+
+    def loss(params, vectors, batch):
+        return binary_cross_entropy(backbone.predict(params, vectors["own_item"]), batch)
+
+    def local_update(key, shared, params, data):
+        now = {role: rate * config.rate_decay**data.round for role, rate in rates.items()}
+        if config.backbone == "pfedrec":
+            tune_head, tune_items = (_step(loss, {role: now[role]}, config.clip_norm) for role in ("head", "own_item"))
+            after, value = run_steps(lambda p, batch: tune_items(tune_head(p, batch)[0], batch), params, data)
+        else:
+            clip = config.clip_norm or None
+            after, value = local_sgd(loss, now, optimizer=config.optimizer, clip_norm=clip)(params, data)
+        return after, difference(after, params, averaged), {"loss": value}
+
+    def stepped(server: Server, change: Params) -> Server:
+        """The server's optimisers applied to the mean change of some roles."""
+        shared, states = dict(server.shared), dict(server.private)
+        for role, value in change.items():
+            # optimisers descend: the negated mean change plays the gradient
+            down = jax.tree.map(jnp.negative, value)
+            step, states[role] = optimizer.update(down, states[role], shared[role])
+            shared[role] = optax.apply_updates(shared[role], step)
+        return Server(shared, states)
+
+    def new_guide(key, server, mean):
+        return stepped(server, {"guide": mean["guide"] - server.shared["guide"]})
+
+    def gate_loss(params, vectors, batch):
+        fused = guided(vectors["own_item"], vectors["guide"], config.beta, params["gate"])
+        return binary_cross_entropy(backbone.predict(params, fused), batch)
+
+    def guide(key, shared, client, data):
+        own, table = client["own_item"], shared["guide"]
+        if config.guidance == "global_only":
+            return {**client, "own_item": table}, {}
+        if not adaptive:
+            return {**client, "own_item": guided(own, table, config.beta)}, {}
+        model = restrict({**client, "guide": table, **{role: shared[role] for role in averaged}}, data.rows)
+        moving = {"gate": config.gate_lr}
+        if config.clip_norm:
+            # the released code's norm runs over the frozen parameters too
+            moving = {**dict.fromkeys(rates, 0.0), **moving}
+        trained, value = local_sgd(gate_loss, moving, clip_norm=config.clip_norm or None)(model, data)
+        gate = trained["gate"]
+        after = {**client, "gate": gate, "own_item": guided(own, table, config.beta, gate)}
+        return after, {"gate_loss": value, "gate": gate_values(gate, own, table).mean()}
+
+    def explain(shared, params, data):
+        if not adaptive:
+            return {}
+        values = gate_values(params["gate"], params["own_item"], shared["guide"])
+        of_history = masked_mean(values[data.history], data.history_mask.astype(jnp.float32))
+        return {"gate": values.mean(), "gate_of_history": of_history}
+
+    exchange = Exchange(
+        due=lambda round_: is_guidance_round(config, round_),
+        at_start=config.delay,
+        upload=lambda client: {"guide": client["own_item"]},
+        server_update=new_guide,
+        apply=guide,
+        sampling=dataclasses.replace(config.sampling(), local_epochs=config.gate_epochs, redraw="round"),
+        roles=("guide",),
+    )
+    weight = {"equal": aggregate.equal, "by_size": aggregate.by_size}[config.weighting]
+    return Method(
+        name=name,
+        init_server=init_server,
+        init_client=init_client,
+        publish=lambda key, server: server.shared,
+        download=lambda shared, mail, client, data: {**client, **{role: shared[role] for role in averaged}},
+        local_update=local_update,
+        upload=lambda key, shared, params, update, data: (
+            {role: value for role, value in params.items() if role not in averaged},
+            update,
+        ),
+        server_update=lambda key, server, received: (stepped(server, received.value), ()),
+        score=lambda shared, params, data: backbone.predict(params, params["own_item"]),
+        aggregator=aggregate.weighted_mean(weight),
+        sampling=config.sampling(),
+        evaluate_at=config.evaluate_at,
+        client_init=config.client_init,
+        config=config,
+        explain=explain,
+        exchange=None if config.guidance in ("personal_only", "local_only") else exchange,
+    )
+
+
+def _backbone(config: Config) -> Backbone:
+    if config.backbone == "fedncf":
+        gmf = config.branches == "neumf"
+        return neural_cf(config.dim, layers=config.layers, gmf=gmf, init_std=config.user_init_std)
+    if config.backbone == "pfedrec" or config.preset == "released":
+        return linear_head(config.dim)
+    return matrix_factorisation(config.dim, bias=config.user_bias, init_std=config.user_init_std)
+
+
+def _step(loss: Loss, rates, clip_norm: float) -> Step:
+    """One SGD step, its gradient clipped where clip_norm is not 0."""
+    if not clip_norm:
+        return sgd_step(loss, rates)
+    moving = {role: optax.chain(optax.clip_by_global_norm(clip_norm), optax.sgd(rate)) for role, rate in rates.items()}
+    init, step = optax_step(on_tables(loss), by_role(moving))
+
+    def stateless(params, batch):
+        (params, _), value = step((params, init(params)), batch)
+        return params, value
+
+    return stateless
