@@ -56,15 +56,28 @@ SPECIAL = {
     ),
     "fresh negatives": Case("fedrap", {**TWICE, "rate_decay": 0.9}, "trained_items"),
     "whole table": Case("fedrap", {"regularise": "table", "batch_size": 0}),
+    "plgc over fedncf": Case("plgc", {"backbone": "fedncf", **TOWER, "kernel": "network", "contrast_weight": 0.1}),
+    "plgc over fedmf": Case(
+        "plgc", {"backbone": "fedmf", "optimizer": "adam", "lr": 0.01, "top_eigenvalues": 2, "normalise": True, **TWICE}
+    ),
+    "plgc replaced": Case("plgc", {"table": "replaced", "contrast": "mixed", "probability": True, "centre": False}),
     "views over fedncf": Case("fedvlr", {**VIEWS, **TOWER, "backbone": "fedncf", "router": "item"}),
     "views over pfedrec": Case("fedvlr", {**VIEWS, "backbone": "pfedrec", "router": "batch_mean", "batch_size": 0}),
     "views over fedrap": Case("fedvlr", {**VIEWS, "backbone": "fedrap", "operators": ("gate", "attention")}),
     "copies of the fusion": Case("fedvlr", {**VIEWS, "backbone": "fedrap", "update": "parameters"}, "trained_items"),
 }
 CASES = PLAIN | SPECIAL
-DISTINCT = ["fedmf", "fedncf", "pfedrec", "fedrap", "fedvlr", "fedvbpr"]  # others are these with other settings
+DISTINCT = ["fedmf", "fedncf", "pfedrec", "fedrap", "plgc", "fedvlr", "fedvbpr"]  # others are these with other settings
 FUSED = [name for name in SPECIAL if "views" in name or "fusion" in name]
-SPARSE = [*DISTINCT, "momentum", "adam", "fresh negatives", *(case for case in FUSED if case != "views over pfedrec")]
+PLGC = [name for name in SPECIAL if name.startswith("plgc")]
+SPARSE = [
+    *DISTINCT,
+    "momentum",
+    "adam",
+    "fresh negatives",
+    *PLGC,
+    *(case for case in FUSED if case != "views over pfedrec"),
+]
 traces: Counter = Counter()  # of a round, by engine
 
 
