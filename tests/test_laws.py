@@ -38,6 +38,7 @@ TOWER = {"layers": (8, 4)}
 VIEWS = {"id_dim": 6, "local_epochs": 2, "fusion_lr_scale": 2.0}
 OWN = {
     "fedncf": TOWER,
+    "feddae": {"layers": (8,), "gate_width": 4, "history_rows": 64, "lr": 0.01, "dropout": 0.0},
     "fedvlr": VIEWS,
     "fedmr": VIEWS,
     "mlp_fusion": VIEWS,
@@ -61,6 +62,7 @@ SPECIAL = {
         "plgc", {"backbone": "fedmf", "optimizer": "adam", "lr": 0.01, "top_eigenvalues": 2, "normalise": True, **TWICE}
     ),
     "plgc replaced": Case("plgc", {"table": "replaced", "contrast": "mixed", "probability": True, "centre": False}),
+    "dropout": Case("feddae", {**OWN["feddae"], "layers": (8, 6), "dropout": 0.5, "local_epochs": 3, "beta": 1.0}),
     "views over fedncf": Case("fedvlr", {**VIEWS, **TOWER, "backbone": "fedncf", "router": "item"}),
     "views over pfedrec": Case("fedvlr", {**VIEWS, "backbone": "pfedrec", "router": "batch_mean", "batch_size": 0}),
     "views over fedrap": Case("fedvlr", {**VIEWS, "backbone": "fedrap", "operators": ("gate", "attention")}),

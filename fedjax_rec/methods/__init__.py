@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.method import Method
-from fedjax_rec.methods import fedmf, fedncf, fedrap, fusion, pfedrec, plgc
+from fedjax_rec.methods import feddae, fedmf, fedncf, fedrap, fusion, pfedrec, plgc
 from fedjax_rec.sharing import LocalConfig
 from fedjax_rec.validate import nearest, one_of
 
@@ -30,6 +30,7 @@ METHODS: dict[str, Entry] = {
     "pfedrec": Entry(pfedrec.pfedrec, pfedrec.Config()),
     "fedrap": Entry(fedrap.fedrap, fedrap.Config()),
     "plgc": Entry(plgc.plgc, plgc.Config()),
+    "feddae": Entry(feddae.feddae, feddae.Config()),
     **{name: Entry(fusion.multimodal, config, reads_items=True) for name, config in fusion.PRESETS.items()},
 }
 
