@@ -39,6 +39,7 @@ VIEWS = {"id_dim": 6, "local_epochs": 2, "fusion_lr_scale": 2.0}
 OWN = {
     "fedncf": TOWER,
     "gpfedrec": TOWER,
+    "feddae": {"layers": (8,), "gate_width": 4, "history_rows": 64, "lr": 0.01, "dropout": 0.0},
     "fedvlr": VIEWS,
     "fedmr": VIEWS,
     "mlp_fusion": VIEWS,
@@ -57,6 +58,12 @@ SPECIAL = {
     ),
     "fresh negatives": Case("fedrap", {**TWICE, "rate_decay": 0.9}, "trained_items"),
     "whole table": Case("fedrap", {"regularise": "table", "batch_size": 0}),
+    "plgc over fedncf": Case("plgc", {"backbone": "fedncf", **TOWER, "kernel": "network", "contrast_weight": 0.1}),
+    "plgc over fedmf": Case(
+        "plgc", {"backbone": "fedmf", "optimizer": "adam", "lr": 0.01, "top_eigenvalues": 2, "normalise": True, **TWICE}
+    ),
+    "plgc replaced": Case("plgc", {"table": "replaced", "contrast": "mixed", "probability": True, "centre": False}),
+    "dropout": Case("feddae", {**OWN["feddae"], "layers": (8, 6), "dropout": 0.5, "local_epochs": 3, "beta": 1.0}),
     "views over fedncf": Case("fedvlr", {**VIEWS, **TOWER, "backbone": "fedncf", "router": "item"}),
     "views over pfedrec": Case("fedvlr", {**VIEWS, "backbone": "pfedrec", "router": "batch_mean", "batch_size": 0}),
     "views over fedrap": Case("fedvlr", {**VIEWS, "backbone": "fedrap", "operators": ("gate", "attention")}),
@@ -85,14 +92,16 @@ DISTINCT = [
     "fedncf",
     "pfedrec",
     "fedrap",
+    "plgc",
     "fedvlr",
     "fedvbpr",
     "guidance",
     "guidance, released",
 ]  # others are these with other settings
 FUSED = [name for name in SPECIAL if "views" in name or "fusion" in name]
+PLGC = [name for name in SPECIAL if name.startswith("plgc")]
 DENSE = ["gpfedrec", "views over pfedrec"]
-SPARSE = [c for c in [*DISTINCT, "momentum", "adam", "fresh negatives", *FUSED] if c not in DENSE]
+SPARSE = [c for c in [*DISTINCT, "momentum", "adam", "fresh negatives", *PLGC, *FUSED] if c not in DENSE]
 traces: Counter = Counter()  # of a round, by engine
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from fedjax_rec.central import ease
 from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.method import Method
-from fedjax_rec.methods import fedmf, fedncf, fedrap, fedrkg, fusion, gpfedrec, pfedrec
+from fedjax_rec.methods import feddae, fedmf, fedncf, fedrap, fedrkg, fusion, gpfedrec, pfedrec, plgc
 from fedjax_rec.sharing import LocalConfig
 from fedjax_rec.validate import nearest, one_of
 
@@ -35,6 +35,8 @@ METHODS: dict[str, Entry] = {
     "fedrkg": Entry(fedrkg.fedrkg, fedrkg.Config()),
     "gpfedrec": Entry(gpfedrec.gpfedrec, gpfedrec.Config()),
     "ease": Entry(ease.ease, ease.Config(), central=True),
+    "plgc": Entry(plgc.plgc, plgc.Config()),
+    "feddae": Entry(feddae.feddae, feddae.Config()),
     **{name: Entry(fusion.multimodal, config, reads_items=True) for name, config in fusion.PRESETS.items()},
 }
 
