@@ -123,7 +123,7 @@ def test_the_gate_learns_and_only_in_guidance_rounds():
 def test_gate_training_lowers_the_loss_of_the_fused_model():
     first, last = (
         float(play(engine_of(interval=3, beta=0.3, gate_lr=1.0, gate_epochs=n, lr=0.5), 3)[1][-1]["gate_loss"])
-        for n in (1, 20)
+        for n in (1, 5)
     )
     assert last < first  # each is the mean over its epochs
 
