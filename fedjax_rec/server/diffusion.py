@@ -75,8 +75,8 @@ class Settings:
 
     Attributes:
         steps, scale, low, high: T, s and the two bounds of Eq. 6.
-        residual: x_t also enters the network's sum, and the network has residual blocks; else it is only the
-            attention's query, as released.
+        residual: x^_0 = sqrt(abar) x_t + sqrt(1 - abar) network, where x_t also enters the network's sum and the
+            network has residual blocks; else x_t is only the attention's query, as released.
         hidden: width of the residual network's blocks; the other one has the released widths, dim and dim / 2.
         heads, dropout: of the attention; of the normalised x_t.
         fusion: `attention` (Eqs. 16-17), or without it the `mean` or a map of the `concat`enation of time and features.
@@ -165,7 +165,10 @@ class Denoiser(nn.Module):
                 inner = nn.silu(dense(2 * s.hidden)(nn.LayerNorm()(hidden)))
                 inner = nn.Dropout(s.dropout)(inner, deterministic=not train)
                 hidden = hidden + dense(s.hidden)(inner)
-            return dense(width)(nn.LayerNorm()(hidden))
+            # what is left of x_t in x_0 when both have variance 1 (Karras et al. 2022), plus a correction
+            kept = linear_schedule(s.steps, s.scale, s.low, s.high)
+            signal, noise = (jnp.asarray(x)[step, None] for x in (kept.signal, kept.noise))
+            return signal * noisy + noise * dense(width)(nn.LayerNorm()(hidden))
         hidden = nn.LayerNorm()(fused * (1.0 + self.param("gate", nn.initializers.constant(0.1), ())))
         for size in (max(width // 2, 1), width, max(width // 2, 1)):
             hidden = nn.tanh(dense(size)(hidden))
