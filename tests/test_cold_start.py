@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 from fedjax_rec import methods, run
@@ -14,8 +15,9 @@ from fedjax_rec.data import clients, splits, synthetic
 from fedjax_rec.evaluate import catalogue_data
 from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.item_sources.cold import conditions, nearest_warm, ridge_map, warm_and_cold
+from fedjax_rec.method import all_batches
 from fedjax_rec.methods import mdifffr
-from fedjax_rec.rounds import make_engine, record_at
+from fedjax_rec.rounds import client_key, make_engine, record_at, streams
 
 USERS, ITEMS, KEY = 12, 60, jax.random.key(2)
 SMALL = {"dim": 4, "batch_size": 16, "negatives": 2}
@@ -44,7 +46,7 @@ def built(name, values, **settings):
 
 def scores(method, state, user=0):
     """The user's logits under the server's present state."""
-    population = clients.build(split())
+    population = clients.build(split(), max_buckets=1)
     record = record_at(population.buckets[0], jnp.array([user]), USERS, ITEMS, population.pool_size)
     data = catalogue_data(jax.tree.map(lambda x: x[0], record), ITEMS, jnp.int32(0))
     shared = method.publish(KEY, state.server)
@@ -56,7 +58,7 @@ def scores(method, state, user=0):
 def test_cold_rows_come_from_features(case):
     """After two rounds: another feature row for one cold item changes that item's score and no warm one."""
     method = built(case, features())
-    engine = make_engine(method, clients.build(split()))
+    engine = make_engine(method, clients.build(split(), max_buckets=1))
     state = engine.init(KEY)
     for round_ in range(2):
         state, _ = engine.round(KEY, state, round_)
@@ -72,7 +74,7 @@ def test_cold_rows_come_from_features(case):
 def test_cold_rows_learn(case):
     """What is made depends on what the clients trained (the same key, states of two lengths of training)."""
     method = built(case, features())
-    engine = make_engine(method, clients.build(split()))
+    engine = make_engine(method, clients.build(split(), max_buckets=1))
     state = engine.init(KEY)
     cold = np.flatnonzero(~split().candidates["train"])
     before = np.asarray(method.publish(KEY, state.server)["item"])[cold]
@@ -86,18 +88,14 @@ def test_ablated_guidance_knows_nothing_of_the_item(guidance):
     cold = np.flatnonzero(~split().candidates["train"])
     values = features()
     values[cold] *= -1
-    rows = [
-        built("mdifffr", v, guidance=guidance).publish(KEY, built("mdifffr", v, guidance=guidance).init_server(KEY))[
-            "item"
-        ]
-        for v in (features(), values)
-    ]
+    made = [built("mdifffr", v, guidance=guidance) for v in (features(), values)]
+    rows = [method.publish(KEY, method.init_server(KEY))["item"] for method in made]
     np.testing.assert_array_equal(*rows)
 
 
 def test_light_trains_every_second_round():
     method = built("light_mdifffr", features())
-    engine = make_engine(method, clients.build(split()))
+    engine = make_engine(method, clients.build(split(), max_buckets=1))
     state, steps = engine.init(KEY), []
     for round_ in range(4):
         state, _ = engine.round(KEY, state, round_)
@@ -134,15 +132,10 @@ def test_the_pull_in_closed_form_is_gradient_descent_on_the_whole_table(case):
     settings = {**SMALL, **CASES[case], "batch_size": 24, "lr": 0.2, "eta": 0.5, "reg": 2.0}
     method = methods.build(case, 1, ITEMS, Catalogue({"text": features()}, one.candidates["train"]), **settings)
     config = method.config
-    engine = make_engine(method, clients.build(one))
+    engine = make_engine(method, clients.build(one, max_buckets=1))
     state = engine.init(KEY)
     start = method.publish(KEY, state.server)
     guide, private = start["guide"], jax.tree.map(lambda x: x[0], state.clients)
-
-    import oracle
-
-    from fedjax_rec.method import all_batches
-    from fedjax_rec.rounds import client_key, streams
 
     slow = oracle.Oracle(method, one, pool=warm)
     batches = all_batches(slow.data(streams(client_key(KEY, jnp.int32(0), jnp.int32(0)))[0], 0, 0))
@@ -183,7 +176,7 @@ def test_the_pull_in_closed_form_is_gradient_descent_on_the_whole_table(case):
 
 def test_the_attribute_network_steps_towards_the_new_table():
     method = built("ipfedrec", features(), attribute_steps=200, attribute_lr=0.05, attribute_hidden=32)
-    engine = make_engine(method, clients.build(split()))
+    engine = make_engine(method, clients.build(split(), max_buckets=1))
     state = engine.init(KEY)
     warm = np.flatnonzero(split().candidates["train"])
     state, _ = engine.round(KEY, state, 0)
