@@ -39,7 +39,7 @@ flags.DEFINE_float("clients_per_round", 0, "Clients in a round: a number, a shar
 flags.DEFINE_integer("eval_every", 10, "Rounds between evaluations.")
 flags.DEFINE_integer("eval_clients", 0, "Evaluate on so many clients, drawn once; 0 for all.")
 flags.DEFINE_list("k", ["10", "50"], "Cut-offs of the metrics.")
-flags.DEFINE_string("select_metric", "NDCG@10", "Validation metric that selects the round.")
+flags.DEFINE_string("select_metric", "NDCG@10", "Validation metric that selects the round, or a sum of some, A+B.")
 flags.DEFINE_integer("patience", 0, "Stop after so many rounds without improvement on validation; 0 for never.")
 flags.DEFINE_integer("checkpoint_every", 100, "Rounds between checkpoints; 0 for only at the end.")
 flags.DEFINE_integer("block_size", 0, "Clients per block; 0 chooses.")

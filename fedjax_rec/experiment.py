@@ -44,7 +44,7 @@ class RunConfig:
         eval_every: rounds between evaluations; the last round is always evaluated.
         eval_clients: evaluate only so many clients (drawn once), 0 for all.
         ks: cut-offs of the metrics.
-        select_metric: the validation metric that selects the round.
+        select_metric: the validation metric that selects the round; names joined by `+` select by their sum.
         patience: stop after so many rounds without a better validation result, 0 for never.
         checkpoint_every: rounds between checkpoints, 0 for only at the end and when stopped.
         block_size, max_buckets, devices: how the engine lays out clients; part of the run's identity because they
@@ -86,7 +86,8 @@ class RunConfig:
             positive(name, getattr(self, name), zero_allowed=True)
         for k in self.ks:
             positive("ks", k)
-        one_of("select_metric", self.select_metric, metrics.per_client(np.ones((1, 1)), tuple(self.ks)))
+        for part in self.select_metric.split("+"):
+            one_of("select_metric", part, metrics.per_client(np.ones((1, 1)), tuple(self.ks)))
         between("seed", self.seed, 0, 2**31 - 1)
         if self.clients_per_round > 1 and self.clients_per_round != int(self.clients_per_round):
             raise ValueError(f"clients_per_round={self.clients_per_round}: expected a share <= 1 or a whole number")

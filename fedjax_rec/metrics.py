@@ -7,6 +7,9 @@ Ranks come as [users, targets], NaN where a user has fewer targets.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 WORST_SHARE = 0.1
@@ -36,6 +39,11 @@ def per_client(ranks: np.ndarray, ks: tuple[int, ...]) -> dict[str, np.ndarray]:
         values[f"NDCG@{k}"] = nan_where_empty(gains / ideal)
     values["MRR"] = nan_where_empty(1.0 / best)
     return values
+
+
+def read(values: Mapping[str, Any], name: str) -> Any:
+    """A metric by name; names joined by `+` (`Recall@20+Recall@50`) give the sum."""
+    return sum(values[part] for part in name.split("+"))
 
 
 def summarise(ranks: np.ndarray, ks: tuple[int, ...]) -> dict[str, float]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from fedjax_rec import metrics
+
 PARTS = ("test", "test_seen", "test_unseen")
 
 
@@ -77,9 +79,11 @@ def _training(plt, summary, lines, clients):
     left.set(xlabel="round", ylabel="mean training loss", title=f"{summary['method']} on {summary['dataset']}")
     evaluated = [line for line in lines if "valid" in line]
     for part in ("valid", "test"):
-        right.plot([e["round"] for e in evaluated], [e[part][metric] for e in evaluated], label=part, marker=".")
+        right.plot(
+            [e["round"] for e in evaluated], [metrics.read(e[part], metric) for e in evaluated], label=part, marker="."
+        )
     for name in ("popularity", "random"):
-        level = summary["reference_rankers"][name]["test"][metric]
+        level = metrics.read(summary["reference_rankers"][name]["test"], metric)
         right.axhline(level, linestyle=":", color="grey")
         right.annotate(f"{name} (test)", (lines[0]["round"], level), fontsize=8, va="bottom")
     right.axvline(summary["best_round"], color="black", linewidth=0.5)
@@ -91,8 +95,9 @@ def _training(plt, summary, lines, clients):
 def _activity(plt, summary, lines, clients):
     """The selection metric by the number of a client's training items."""
     metric = summary["select_metric"]
-    known = np.isfinite(clients[metric])
-    length, value = clients["train_items"][known], clients[metric][known]
+    of_client = metrics.read(clients, metric)
+    known = np.isfinite(of_client)
+    length, value = clients["train_items"][known], of_client[known]
     edges = np.unique(np.quantile(length, np.linspace(0, 1, 6)))
     group = np.clip(np.searchsorted(edges, length, side="right") - 1, 0, max(len(edges) - 2, 0))
     labels, means, errors = [], [], []

@@ -164,9 +164,8 @@ def evaluate(workdir: str | os.PathLike, **changes: Any) -> dict[str, Any]:
     """
     folder = Path(workdir)
     config = config_of(folder)
-    if "select_metric" not in changes and config.select_metric not in metrics.per_client(
-        np.ones((1, 1)), changes.get("ks", config.ks)
-    ):
+    known = metrics.per_client(np.ones((1, 1)), changes.get("ks", config.ks))
+    if "select_metric" not in changes and not set(config.select_metric.split("+")) <= set(known):
         changes["select_metric"] = "MRR"
     ready = prepare(dataclasses.replace(config, **changes))
     done, state = restore(folder, ready)
@@ -248,7 +247,7 @@ def _one_round(ready: Experiment, state: State, best: Best | None, round_: int, 
         _check_finite(ranks, round_ + 1)
         line["valid"] = metrics.summarise(ranks.valid, config.ks)
         line["test"] = metrics.summarise(ranks.test, config.ks)
-        value = line["valid"][config.select_metric]
+        value = metrics.read(line["valid"], config.select_metric)
         if better(ready.protocol, value, best):
             best = Best(round_ + 1, value, ranks)
     line["seconds"] = seconds
@@ -265,7 +264,7 @@ def _check_finite(ranks: Ranks, rounds: int) -> None:
 
 def _show(bar: tqdm, line: Mapping[str, Any], config: RunConfig) -> None:
     if "valid" in line:
-        bar.last_metric = {f"valid {config.select_metric}": f"{line['valid'][config.select_metric]:.4f}"}
+        bar.last_metric = {f"valid {config.select_metric}": f"{metrics.read(line['valid'], config.select_metric):.4f}"}
     bar.set_postfix({"loss": f"{line['loss']:.4f}", **getattr(bar, "last_metric", {})}, refresh=False)
     bar.update()
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedjax_rec import run
+from fedjax_rec import metrics, run
 from fedjax_rec.experiment import RunConfig
 from fedjax_rec.methods import make_config
 from fedjax_rec.workdir import UsageError, claim, read_lines, write_lines, write_text
@@ -37,7 +37,7 @@ def judge(config: RunConfig, data: tuple) -> dict[str, Any]:
         summary = run.train(config, data=data, references=False)
         said = {"status": summary["status"]}
         if summary["best_round"] is not None:
-            said |= {"score": summary["valid"][config.select_metric], "best_round": summary["best_round"]}
+            said |= {"score": metrics.read(summary["valid"], config.select_metric), "best_round": summary["best_round"]}
     except FloatingPointError as error:
         said = {"status": "done", "score": FAILED, "error": str(error)}
     return {**said, "seconds": time.perf_counter() - began}

@@ -36,6 +36,9 @@ class Case(NamedTuple):
 
 TOWER = {"layers": (8, 4)}
 VIEWS = {"id_dim": 6, "local_epochs": 2, "fusion_lr_scale": 2.0}
+# sgd: adaptive steps blow rounding up where a gradient is nearly zero
+DIFFUSION = {"condition_dim": 6, "diffusion_batch": 64, "diffusion_optimizer": "sgd", "diffusion_lr": 0.01}
+PULL = {"condition_dim": 6, "eta": 0.1, "reg": 10.0, "layers": (8,), "user_lr_scale": 1.0, "user_init_std": 0.3}
 OWN = {
     "fedncf": TOWER,
     "gpfedrec": TOWER,
@@ -44,8 +47,18 @@ OWN = {
     "fedmr": VIEWS,
     "mlp_fusion": VIEWS,
     "fedvbpr": {**VIEWS, "id_dim": 2},
+    "mdifffr": DIFFUSION,
+    "light_mdifffr": DIFFUSION,
+    "ipfedrec": PULL,
+    "ifedncf": PULL,
+    "cs_fedncf": TOWER,
 }
-PLAIN = {name: Case(name, OWN.get(name, {})) for name, entry in methods.METHODS.items() if not entry.central}
+PLAIN = {
+    name: Case(name, OWN.get(name, {}))
+    for name, entry in methods.METHODS.items()
+    if not entry.central and name not in methods.ALIASES
+}
+COLD = ("mdifffr", "light_mdifffr", "ipfedrec", "ifedncf", "cs_fcf", "cs_fedncf")  # make rows of some items
 TWICE = {"redraw": "epoch", "local_epochs": 2}
 SPECIAL = {
     "momentum": Case(
@@ -67,6 +80,10 @@ SPECIAL = {
     "views over fedncf": Case("fedvlr", {**VIEWS, **TOWER, "backbone": "fedncf", "router": "item"}),
     "views over pfedrec": Case("fedvlr", {**VIEWS, "backbone": "pfedrec", "router": "batch_mean", "batch_size": 0}),
     "views over fedrap": Case("fedvlr", {**VIEWS, "backbone": "fedrap", "operators": ("gate", "attention")}),
+    "diffusion over fedncf": Case(
+        "mdifffr", {"preset": "proper", **DIFFUSION, **TOWER, "backbone": "fedncf", "sampling_noise": True}
+    ),
+    "strong pull": Case("ipfedrec", {**PULL, "reg": 190.0, "local_epochs": 2}, "outside_all"),
     "copies of the fusion": Case("fedvlr", {**VIEWS, "backbone": "fedrap", "update": "parameters"}, "trained_items"),
     "graph of distances": Case(
         "gpfedrec", {**TOWER, "affinity": "distance", "message_layers": 2, "reg": 5.0}, "outside_all"
@@ -87,7 +104,7 @@ SPECIAL = {
 }
 CASES = PLAIN | SPECIAL
 GUIDED = [name for name in SPECIAL if "guidance" in name]
-DISTINCT = [
+DISTINCT = [  # others are these with other settings
     "fedmf",
     "fedncf",
     "pfedrec",
@@ -95,13 +112,16 @@ DISTINCT = [
     "plgc",
     "fedvlr",
     "fedvbpr",
+    "mdifffr",
+    "ipfedrec",
     "guidance",
     "guidance, released",
-]  # others are these with other settings
+]
 FUSED = [name for name in SPECIAL if "views" in name or "fusion" in name]
 PLGC = [name for name in SPECIAL if name.startswith("plgc")]
 DENSE = ["gpfedrec", "views over pfedrec"]
-SPARSE = [c for c in [*DISTINCT, "momentum", "adam", "fresh negatives", *PLGC, *FUSED] if c not in DENSE]
+PULLED = ["ifedncf", "strong pull"]
+SPARSE = [c for c in [*DISTINCT, *PULLED, "momentum", "adam", "fresh negatives", *PLGC, *FUSED] if c not in DENSE]
 traces: Counter = Counter()  # of a round, by engine
 
 
@@ -117,7 +137,8 @@ def split() -> splits.Split:
 def method(case: str):
     name, settings, _ = CASES[case]
     features = synthetic.make(USERS, ITEMS, min_history=4, median_history=9, max_history=30).features
-    catalogue = Catalogue({modality: feature.values for modality, feature in features.items()})
+    warm = np.arange(ITEMS) % 10 > 0 if name in COLD else None
+    catalogue = Catalogue({modality: feature.values for modality, feature in features.items()}, warm)
     return methods.build(name, USERS, ITEMS, catalogue, **{**SMALL, **settings})
 
 

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from fedjax_rec.central import ease
 from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.method import Method
-from fedjax_rec.methods import feddae, fedmf, fedncf, fedrap, fedrkg, fusion, gpfedrec, pfedrec, plgc
+from fedjax_rec.methods import (
+    content_cold,
+    feddae,
+    fedmf,
+    fedncf,
+    fedrap,
+    fedrkg,
+    fusion,
+    gpfedrec,
+    ifedrec,
+    mdifffr,
+    pfedrec,
+    plgc,
+)
 from fedjax_rec.sharing import LocalConfig
 from fedjax_rec.validate import nearest, one_of
 
@@ -17,12 +31,13 @@ from fedjax_rec.validate import nearest, one_of
 class Entry(NamedTuple):
     """build: (config, num_users, num_items, name[, catalogue]) -> Method; config: its settings with their defaults;
     reads_items: whether it takes the catalogue's features; central: whether the server sees histories (no federated
-    method)."""
+    method); presets: defaults by the value of its setting `preset`."""
 
     build: Callable[..., Method]
     config: LocalConfig
     reads_items: bool = False
     central: bool = False
+    presets: Mapping[str, LocalConfig] = types.MappingProxyType({})
 
 
 METHODS: dict[str, Entry] = {
@@ -38,7 +53,14 @@ METHODS: dict[str, Entry] = {
     "plgc": Entry(plgc.plgc, plgc.Config()),
     "feddae": Entry(feddae.feddae, feddae.Config()),
     **{name: Entry(fusion.multimodal, config, reads_items=True) for name, config in fusion.PRESETS.items()},
+    "mdifffr": Entry(mdifffr.mdifffr, mdifffr.Config(), reads_items=True, presets=mdifffr.PRESETS),
+    "light_mdifffr": Entry(mdifffr.mdifffr, mdifffr.LIGHT["paper"], reads_items=True, presets=mdifffr.LIGHT),
+    **{name: Entry(ifedrec.ifedrec, config, reads_items=True) for name, config in ifedrec.PRESETS.items()},
+    **{name: Entry(content_cold.content_cold, c, reads_items=True) for name, c in content_cold.PRESETS.items()},
 }
+ALIASES = {"mdiffr": "mdifffr", "light_mdiffr": "light_mdifffr"}
+"""Other spellings."""
+METHODS |= {alias: METHODS[name] for alias, name in ALIASES.items()}
 
 
 def make_config(name: str, settings: Mapping[str, Any]) -> LocalConfig:
@@ -48,7 +70,8 @@ def make_config(name: str, settings: Mapping[str, Any]) -> LocalConfig:
         ValueError: for an unknown method or setting (naming the nearest known one) or a value of the wrong type.
     """
     one_of("method", name, METHODS)
-    default = METHODS[name].config
+    entry = METHODS[name]
+    default = entry.presets.get(settings.get("preset"), entry.config)
     known = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
     for setting in settings:
         if setting not in known:

@@ -1,0 +1,136 @@
+"""Rows for items that nobody has touched, made by the server from features: a modifier of a method.
+
+    E_i              warm items: as the clients' training and the server's mean make it
+    E_i = make(m_i)  cold items: made by the server from features m_i, in what it publishes
+
+Candidates of a cold-item split are scored by the clients' own parts with these rows. The rows of cold items in the
+server's table are never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from fedjax_rec.item_sources import Catalogue
+from fedjax_rec.method import Method, Server
+from fedjax_rec.types import PRNGKey, PyTree
+
+ID = "item"
+
+
+class RowMaker(NamedTuple):
+    """How the server makes rows.
+
+    Attributes:
+        init: (key) -> state, kept in Server.private.
+        learn: (key, state, warm rows, 0-based round) -> state, after each round's aggregation.
+        make: (key, state, warm rows) -> rows of the cold items, in the items' order.
+    """
+
+    init: Callable[[PRNGKey], PyTree]
+    learn: Callable[..., PyTree]
+    make: Callable[..., Float[Array, "cold width"]]
+
+
+def with_cold_rows(method: Method, maker: RowMaker, catalogue: Catalogue) -> Method:
+    """`method` (whose shared table has the role `item`) with the rows of cold items made by the server."""
+    warm, cold = (jnp.asarray(index) for index in warm_and_cold(catalogue))
+
+    def init_server(key) -> Server:
+        k_method, k_maker = jax.random.split(key)
+        inner = method.init_server(k_method)
+        held = {"method": inner.private, "maker": maker.init(k_maker), "round": jnp.zeros((), jnp.int32)}
+        return Server(shared=inner.shared, private=held)
+
+    def publish(key, server):
+        shared = method.publish(key, Server(server.shared, server.private["method"]))
+        if not len(cold):
+            return shared
+        made = maker.make(jax.random.fold_in(key, 1), server.private["maker"], shared[ID][warm])
+        return {**shared, ID: shared[ID].at[cold].set(made)}
+
+    def server_update(key, server, received):
+        inner, mail = method.server_update(key, Server(server.shared, server.private["method"]), received)
+        round_ = server.private["round"]
+        learned = maker.learn(jax.random.fold_in(key, 1), server.private["maker"], inner.shared[ID][warm], round_)
+        return Server(inner.shared, {"method": inner.private, "maker": learned, "round": round_ + 1}), mail
+
+    return method._replace(init_server=init_server, publish=publish, server_update=server_update)
+
+
+def warm_and_cold(catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of the items that training may touch, and of the others."""
+    items = len(next(iter(catalogue.features.values())))
+    warm = np.ones(items, bool) if catalogue.warm is None else catalogue.warm
+    return np.flatnonzero(warm).astype(np.int32), np.flatnonzero(~warm).astype(np.int32)
+
+
+def side_by_side(catalogue: Catalogue, name: str) -> Float[np.ndarray, "items feat"]:
+    """All modalities, each row of each modality scaled to length 1.
+
+    Raises:
+        ValueError: without any features.
+    """
+    if not catalogue.features:
+        raise ValueError(
+            f"{name} makes rows from item features and the data set has none: expected feature files beside the "
+            "interactions (see the README's table of data sets); choose another --dataset or an ID-based --method"
+        )
+    parts = [np.asarray(catalogue.features[modality], np.float32) for modality in sorted(catalogue.features)]
+    lengths = [np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12) for part in parts]
+    return np.concatenate([part / length for part, length in zip(parts, lengths, strict=True)], axis=1)
+
+
+def conditions(catalogue: Catalogue, name: str, width: int, *, whiten: bool = False) -> Float[np.ndarray, "items feat"]:
+    """Features as a network reads them: centred, cut to `width` principal components (0: all features), of size 1.
+
+    Mean, components and scale are those of the warm items alone.
+
+    Args:
+        width: number of components.
+        whiten: every component has variance 1 (entries are cut at +-5); else the entries have so on average.
+    """
+    warm, _ = warm_and_cold(catalogue) if catalogue.features else ((), ())
+    values = side_by_side(catalogue, name)
+    values = values - values[warm].mean(0)
+    if width or whiten:
+        size, axes = np.linalg.eigh(values[warm].T @ values[warm] / len(warm))
+        kept = np.argsort(-size)[: width or len(size)]
+        # the sign of an axis is the library's choice: fix it
+        axes = axes[:, kept] * np.sign(axes[np.abs(axes[:, kept]).argmax(0), kept])
+        values = values @ axes
+    if whiten:
+        return np.clip(values / np.maximum(values[warm].std(0), 1e-6), -5.0, 5.0).astype(np.float32)
+    return (values / max(values[warm].std(), 1e-12)).astype(np.float32)
+
+
+def nearest_warm(
+    content: Float[np.ndarray, "items feat"], warm: np.ndarray, cold: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(places among the warm items [cold, k], weights [cold, k]): each cold item's k nearest warm ones by the cosine
+    of their features, with weights proportional to it (equal where no cosine is positive)."""
+    length = np.maximum(np.linalg.norm(content, axis=1, keepdims=True), 1e-12)
+    unit = content / length
+    k = min(k, len(warm))
+    places, weights = np.zeros((len(cold), k), np.int32), np.zeros((len(cold), k), np.float32)
+    for start in range(0, len(cold), 512):  # a block of similarities at a time
+        similar = unit[cold[start : start + 512]] @ unit[warm].T
+        best = np.argsort(-similar, axis=1, kind="stable")[:, :k]
+        value = np.maximum(np.take_along_axis(similar, best, 1), 0.0) + 1e-9
+        places[start : start + 512], weights[start : start + 512] = best, value / value.sum(1, keepdims=True)
+    return places, weights
+
+
+def ridge_map(content: Float[np.ndarray, "items feat"], warm: np.ndarray, l2: float) -> Float[np.ndarray, "feat warm"]:
+    """P such that P @ (warm rows) is the ridge regression of rows on features, l2 relative to the features' mean
+    energy."""
+    x = content[warm].astype(np.float64)
+    gram = x.T @ x
+    ridge = l2 * np.trace(gram) / len(gram)
+    return np.linalg.solve(gram + ridge * np.eye(len(gram)), x.T).astype(np.float32)

@@ -1,0 +1,244 @@
+"""Methods that make rows for cold items: where the rows come from, IFedRec's pull, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from fedjax_rec import methods, run
+from fedjax_rec.data import clients, splits, synthetic
+from fedjax_rec.evaluate import catalogue_data
+from fedjax_rec.item_sources import Catalogue
+from fedjax_rec.item_sources.cold import conditions, nearest_warm, ridge_map, warm_and_cold
+from fedjax_rec.method import all_batches
+from fedjax_rec.methods import mdifffr
+from fedjax_rec.rounds import client_key, make_engine, record_at, streams
+
+USERS, ITEMS, KEY = 12, 60, jax.random.key(2)
+SMALL = {"dim": 4, "batch_size": 16, "negatives": 2}
+CASES = {
+    "mdifffr": {"condition_dim": 5, "lr": 0.1},
+    "light_mdifffr": {"condition_dim": 5, "backbone": "fedncf", "preset": "proper", "lr": 0.1},
+    "ipfedrec": {"condition_dim": 5, "reg": 0.1},
+    "ifedncf": {"condition_dim": 5, "reg": 0.04, "user_lr_scale": 1.0, "user_init_std": 0.1},
+    "cs_fcf": {"cold": "map"},
+    "cs_fedncf": {"neighbours": 3, "lr": 0.1},
+}
+
+
+def split():
+    return splits.cold_items(synthetic.make(USERS, ITEMS, min_history=4, median_history=9, max_history=20).interactions)
+
+
+def features():
+    return np.random.default_rng(5).standard_normal((ITEMS, 7)).astype(np.float32)
+
+
+def built(name, values, **settings):
+    catalogue = Catalogue({"text": values}, split().candidates["train"])
+    return methods.build(name, USERS, ITEMS, catalogue, **{**SMALL, **CASES[name], **settings})
+
+
+def scores(method, state, user=0):
+    """The user's logits under the server's present state."""
+    population = clients.build(split(), max_buckets=1)
+    record = record_at(population.buckets[0], jnp.array([user]), USERS, ITEMS, population.pool_size)
+    data = catalogue_data(jax.tree.map(lambda x: x[0], record), ITEMS, jnp.int32(0))
+    shared = method.publish(KEY, state.server)
+    own = jax.tree.map(lambda x: x[user], state.clients)
+    return np.asarray(method.score(shared, method.download(shared, (), own, data), data))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cold_rows_come_from_features(case):
+    """After two rounds: another feature row for one cold item changes that item's score and no warm one."""
+    method = built(case, features())
+    engine = make_engine(method, clients.build(split(), max_buckets=1))
+    state = engine.init(KEY)
+    for round_ in range(2):
+        state, _ = engine.round(KEY, state, round_)
+    cold = np.flatnonzero(~split().candidates["train"])
+    values = features()
+    values[cold[0]] *= -1
+    before, after = scores(method, state), scores(built(case, values), state)
+    changed = np.flatnonzero(before != after)
+    assert changed.tolist() == [cold[0]]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cold_rows_learn(case):
+    """What is made depends on what the clients trained (the same key, states of two lengths of training)."""
+    method = built(case, features())
+    engine = make_engine(method, clients.build(split(), max_buckets=1))
+    state = engine.init(KEY)
+    cold = np.flatnonzero(~split().candidates["train"])
+    before = np.asarray(method.publish(KEY, state.server)["item"])[cold]
+    state, _ = engine.round(KEY, state, 0)
+    after = np.asarray(method.publish(KEY, state.server)["item"])[cold]
+    assert np.abs(before - after).max(1).min() > 0
+
+
+@pytest.mark.parametrize("guidance", ["none", "zero", "random"])
+def test_ablated_guidance_knows_nothing_of_the_item(guidance):
+    cold = np.flatnonzero(~split().candidates["train"])
+    values = features()
+    values[cold] *= -1
+    made = [built("mdifffr", v, guidance=guidance) for v in (features(), values)]
+    rows = [method.publish(KEY, method.init_server(KEY))["item"] for method in made]
+    np.testing.assert_array_equal(*rows)
+
+
+def test_light_trains_every_second_round():
+    method = built("light_mdifffr", features())
+    engine = make_engine(method, clients.build(split(), max_buckets=1))
+    state, steps = engine.init(KEY), []
+    for round_ in range(4):
+        state, _ = engine.round(KEY, state, round_)
+        steps.append(int(state.server.private["maker"]["steps"]))
+    assert steps == [1, 1, 2, 2]
+
+
+def test_presets_set_defaults_that_settings_replace():
+    chosen = methods.make_config("mdifffr", {"preset": "released", "loss_weights": "uniform"})
+    assert (chosen.diffusion_optimizer, chosen.diffusion_lr, chosen.loss_weights) == ("sgd", 1e-4, "uniform")
+    assert methods.make_config("light_mdifffr", {"preset": "proper"}).train_every == 2
+    again = methods.make_config("mdifffr", dataclasses.asdict(mdifffr.PRESETS["proper"]))
+    assert again == mdifffr.PRESETS["proper"]
+    with pytest.raises(ValueError, match="preset='propper': expected one of paper, released, proper"):
+        methods.make_config("mdifffr", {"preset": "propper"})
+
+
+# ---- IFedRec -------------------------------------------------------------------------------------------------
+
+
+def test_a_pull_that_overshoots_is_refused_with_a_value_that_does_not():
+    with pytest.raises(ValueError, match=r"stability limit is 2\*reg\*lr\*eta/dim <= 1, and here it is 2.5 .*most 4"):
+        methods.make_config("ipfedrec", {"reg": 10.0})
+    assert methods.make_config("ipfedrec", {"reg": 4.0}).reg == 4.0
+    with pytest.raises(ValueError, match="stability limit"):  # the rate that does not come from eta
+        built("ipfedrec", features(), eta=0.0, reg=1e6)
+
+
+@pytest.mark.parametrize("case", ["ipfedrec", "ifedncf"])
+def test_the_pull_in_closed_form_is_gradient_descent_on_the_whole_table(case):
+    """One round of one client, two batches, against dense gradient steps on BCE + reg mean (E - g)^2."""
+    one = splits.cold_items(synthetic.make(1, ITEMS, min_history=20, median_history=20, max_history=20).interactions)
+    warm = np.flatnonzero(one.candidates["train"])
+    settings = {**SMALL, **CASES[case], "batch_size": 24, "lr": 0.2, "eta": 0.5, "reg": 2.0}
+    method = methods.build(case, 1, ITEMS, Catalogue({"text": features()}, one.candidates["train"]), **settings)
+    config = method.config
+    engine = make_engine(method, clients.build(one, max_buckets=1))
+    state = engine.init(KEY)
+    start = method.publish(KEY, state.server)
+    guide, private = start["guide"], jax.tree.map(lambda x: x[0], state.clients)
+
+    slow = oracle.Oracle(method, one, pool=warm)
+    batches = all_batches(slow.data(streams(client_key(KEY, jnp.int32(0), jnp.int32(0)))[0], 0, 0))
+    rate = config.lr * len(warm) * config.eta
+
+    def logits(mine, table, item):
+        return method.score(None, {**mine, "item": table}, None)[item]
+
+    def bce(mine, table, item, label, mask):
+        value = jnp.logaddexp(0.0, logits(mine, table, item)) - label * logits(mine, table, item)
+        return (value * mask).sum() / mask.sum()
+
+    def whole(table, mine, *batch):
+        return bce(mine, table, *batch) + config.reg * ((table - guide)[warm] ** 2).sum() / (len(warm) * config.dim)
+
+    table, mine = start["item"], private
+    rates = {"head": config.lr, "user": config.lr * config.user_lr_scale, "network": config.lr}
+    ran = 0
+    for item, label, mask in zip(*batches, strict=True):
+        if mask.sum() == 0:
+            continue
+        ran += 1
+        grads = jax.grad(bce)(mine, table, item, label, mask)
+        moved = {r: jax.tree.map(lambda p, g, r=r: p - rates[r] * g, mine[r], grads[r]) for r in mine}
+        judged = moved if case == "ipfedrec" else mine
+        table = table - rate * jax.grad(whole)(table, judged, item, label, mask)
+        mine = moved
+    assert ran > 1
+    state, _ = engine.round(KEY, state, 0)
+    # float32, two steps at a rate of some units
+    np.testing.assert_allclose(state.server.shared["item"][warm], table[warm], rtol=1e-4, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-4, atol=1e-5),
+        state.clients,
+        {r: mine[r] for r in mine},
+    )
+
+
+def test_the_attribute_network_steps_towards_the_new_table():
+    method = built("ipfedrec", features(), attribute_steps=200, attribute_lr=0.05, attribute_hidden=32)
+    engine = make_engine(method, clients.build(split(), max_buckets=1))
+    state = engine.init(KEY)
+    warm = np.flatnonzero(split().candidates["train"])
+    state, _ = engine.round(KEY, state, 0)
+    table = np.clip(np.asarray(state.server.shared["item"])[warm], -1, 1)
+    guide = np.asarray(method.publish(KEY, state.server)["guide"])[warm]
+    assert ((guide - table) ** 2).mean() < 0.5 * (table**2).mean()
+
+
+# ---- content -------------------------------------------------------------------------------------------------
+
+
+def test_conditions_are_principal_components_of_warm_items():
+    warm = np.arange(ITEMS) < 40
+    values = features() * np.array([5, 4, 3, 2, 1, 0.5, 0.1], np.float32)
+    of = lambda v, **how: conditions(Catalogue({"text": v}, warm), "x", 3, **how)
+    made = of(values)
+    np.testing.assert_allclose(made[warm].mean(0), 0, atol=1e-5)
+    covariance = np.cov(made[warm].T)
+    assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 1e-4
+    assert (np.diff(np.diag(covariance)) < 0).all() and abs(made[warm].std() - 1) < 1e-5
+    np.testing.assert_allclose(of(values, whiten=True)[warm].std(0), 1, atol=0.02)
+    other = values.copy()
+    other[~warm] = 7.0  # cold features decide nothing but their own rows
+    np.testing.assert_allclose(of(other)[warm], made[warm], atol=1e-5)
+
+
+def test_nearest_warm_items_by_cosine():
+    content = np.array([[1, 0], [2, 0.1], [0, 1], [-1, 0], [3, 0]], np.float32)
+    places, weights = nearest_warm(content, np.array([0, 1, 2, 3]), np.array([4]), 2)
+    assert places.tolist() == [[0, 1]]
+    np.testing.assert_allclose(weights.sum(1), 1)
+    assert weights[0, 0] > weights[0, 1]
+
+
+def test_ridge_map_is_least_squares_without_a_penalty():
+    x, rows = features(), np.random.default_rng(1).standard_normal((40, 3))
+    fitted = ridge_map(x, np.arange(40), 0.0) @ rows
+    np.testing.assert_allclose(fitted, np.linalg.lstsq(x[:40], rows, rcond=None)[0], atol=1e-5)
+
+
+def test_without_cold_items_nothing_is_made():
+    method = methods.build("mdifffr", USERS, ITEMS, Catalogue({"text": features()}), **SMALL, condition_dim=5)
+    server = method.init_server(KEY)
+    np.testing.assert_array_equal(method.publish(KEY, server)["item"], server.shared["item"])
+    warm, cold = warm_and_cold(Catalogue({"text": features()}))
+    assert len(warm) == ITEMS and not len(cold)
+
+
+def test_features_are_required():
+    for name in CASES:
+        with pytest.raises(ValueError, match="makes rows from item features and the data set has none"):
+            methods.build(name, USERS, ITEMS)
+
+
+def test_a_sum_of_metrics_selects_the_round():
+    ks, names = (20, 50, 100), "Recall@20+Recall@50+Recall@100"
+    config = run.RunConfig(
+        method="cs_fcf", split="cold_items", rounds=4, eval_every=1, ks=ks, select_metric=names, eval_clients=40,
+        settings={"dim": 4}, devices=1,
+    )  # fmt: skip
+    summary = run.train(config, references=False)
+    assert set(summary["valid"]) >= {f"{m}@{k}" for m in ("Recall", "Precision", "NDCG") for k in ks}
+    assert summary["test_seen"]["clients"] == 0 < summary["test_unseen"]["clients"]
+    with pytest.raises(ValueError, match="select_metric='Recall@7'"):
+        dataclasses.replace(config, select_metric="Recall@20+Recall@7")
