@@ -55,7 +55,7 @@ def draw_settings(method: str, trial: int) -> dict[str, Any]:
     """One trial's settings, a function of (method, trial)."""
     fusion, _, backbone = method.rpartition("-")
     rng = np.random.default_rng([trial, sum(map(ord, method))])
-    lr = log_uniform(rng, 0.05, 8.0)
+    lr = log_uniform(rng, 0.05, 1.0 if fusion else 8.0)  # routers run off at higher rates
     item_lr = log_uniform(rng, 0.2, 5.0)  # times the clients: the step that the server's mean is made of
     settings = {
         "lr": round(lr, 4),
