@@ -1,6 +1,6 @@
 """Ablations of a multimodal recipe: fusion strategy, modalities, noise, sampling ratio. Markdown and plots.
 
-    python experiments/ablations.py --data_dir=DATA --out=runs/ablations --base=experiments/ku_fedvlr_fedavg.flags
+    python experiments/ablations.py --data_dir=DATA --out=runs/ablations --base=my_fedvlr.flags
 
 Every variant is a flagfile OUT/flags/<name>.flags, the base with a few flags changed, and a folder of seeds; tables.py
 runs them, so that a call which was interrupted goes on. Nothing is tuned again: a variant has the base's rates.
@@ -20,7 +20,7 @@ from fedjax_rec import compare
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders.")
 flags.DEFINE_string("out", "runs/ablations", "Folder of the workdirs, ablations.md and the plots.")
-flags.DEFINE_string("base", "experiments/ku_fedvlr_fedavg.flags", "Flagfile of the full method.")
+flags.DEFINE_string("base", None, "Flagfile of the full method.", required=True)
 flags.DEFINE_integer("seeds", 5, "Seeds 0 .. n-1 of every variant.")
 flags.DEFINE_list("k", ["10", "50"], "Cut-offs shown.")
 flags.DEFINE_list("groups", ["strategy", "modality", "noise", "sampling"], "Which ablations.")

@@ -163,7 +163,8 @@ def router_weights(
 
 def mix(weights: Float[Array, "*n views"], views: Float[Array, "n views dim"]) -> Float[Array, "n dim"]:
     """The personalised item vectors."""
-    return (weights[..., None] * views).sum(-2)
+    # view by view: one sum over an inner axis takes twice the time with its gradient
+    return sum(weights[..., v, None] * views[..., v, :] for v in range(views.shape[-2]))
 
 
 def pull_back(publish: Callable[[Params], Array], trainable: Params, cotangent: Float[Array, "items views dim"]):
