@@ -43,7 +43,7 @@ class Oracle:
             state = self.exchange(key, state, round_)
         users = range(self.split.num_users) if users is None else users
         k_publish, k_server = jax.random.split(client_key(key, jnp.int32(round_), SERVER))
-        shared = self.method.publish(k_publish, state.server)
+        shared = self.method.publish(k_publish, jax.tree.map(jnp.asarray, state.server))
         clients = jax.tree.map(np.array, state.clients)
         sent, weights, infos = [], [], []
         over_mail = self.method.aggregator.over_mail
