@@ -12,6 +12,7 @@ cold-item split with its data set, like ku@cold_items.
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,62 @@ def draw_feddae(rng) -> dict[str, Any]:
     }
 
 
-ALONE = {"ease": lambda rng: {"l2": round(log_uniform(rng, 3.0, 3000.0), 1)}, "feddae": draw_feddae}
-"""Methods that share no settings with the others."""
+def draw_cold(rng) -> dict[str, Any]:
+    """A plain method whose rows for cold items are made by the server: its clients' settings."""
+    lr = log_uniform(rng, 0.2, 8.0)
+    return {
+        "lr": round(lr, 4),
+        "item_lr_scale": round(log_uniform(rng, 0.2, 5.0) / lr, 5),
+        "negatives": int(rng.choice([2, 5, 10])),
+        "init_std": float(rng.choice([0.01, 0.1])),
+    }
+
+
+def draw_content_cold(rng) -> dict[str, Any]:
+    settings = draw_cold(rng) | {"cold": str(rng.choice(["knn", "map"]))}
+    if settings["cold"] == "knn":
+        return settings | {"neighbours": int(rng.choice([5, 10, 20, 50]))}
+    return settings | {"ridge": round(log_uniform(rng, 0.01, 10.0), 4)}
+
+
+def draw_diffusion(rng, preset: str) -> dict[str, Any]:
+    settings = draw_cold(rng) | {"backbone": str(rng.choice(["fedmf", "pfedrec"])), "preset": preset}
+    if preset == "released":  # its optimiser is part of it
+        return settings
+    return settings | {
+        "condition_dim": int(rng.choice([64, 128, 256])),
+        "diffusion_lr": round(log_uniform(rng, 3e-4, 5e-3), 5),
+        "server_epochs": int(rng.choice([1, 3])),
+        "dropout": float(rng.choice([0.0, 0.1, 0.3])),
+    }
+
+
+def draw_ifedrec(rng, dim: int = 64) -> dict[str, Any]:
+    lr, eta = log_uniform(rng, 0.05, 1.0), log_uniform(rng, 10.0, 200.0)
+    pull = rng.uniform(0.1, 0.95)  # the stability limit is 1
+    return {
+        "lr": round(lr, 4),
+        "eta": round(eta, 2),
+        "reg": float(f"{pull * dim / (2 * lr * eta):.3g}"),
+        "attribute_lr": round(log_uniform(rng, 2e-3, 2e-2), 5),
+        "attribute_steps": int(rng.choice([1, 3])),
+        "negatives": int(rng.choice([2, 5, 10])),
+    }
+
+
+ALONE = {
+    "ease": lambda rng: {"l2": round(log_uniform(rng, 3.0, 3000.0), 1)},
+    "feddae": draw_feddae,
+    "ipfedrec": draw_ifedrec,
+    "ifedncf": draw_ifedrec,
+    "cs_fcf": draw_content_cold,
+    "cs_fedncf": draw_content_cold,
+    **{
+        f"mdifffr-{preset}": functools.partial(draw_diffusion, preset=preset)
+        for preset in ("paper", "released", "proper")
+    },
+}
+"""Methods that share no settings with the others; MDiffFR is named with its preset."""
 
 
 def run_trial(dataset: str, method: str, trial: int, seed: int, data: tuple) -> dict[str, Any]:
