@@ -34,7 +34,7 @@ flags.DEFINE_integer("block_size", 0, "Clients per block; 0 chooses.")
 
 NUM_ITEMS, FUSED_ITEMS, PER_USER, FEATURE_DIM = 50_000, 10_000, 20, 512
 FUSION_CLIENTS = (1_000, 100_000)
-FUSION_SETTINGS = {"dim": 64, "local_epochs": 5, "negatives": 1, "batch_size": 2048, "lr": 0.1}
+FUSION_SETTINGS = {"dim": 64, "local_epochs": 5, "redraw": "epoch", "negatives": 1, "batch_size": 2048, "lr": 0.1}
 
 
 def population(num_users: int, num_items: int = NUM_ITEMS, modalities: tuple[str, ...] = ()) -> tuple:
