@@ -111,7 +111,7 @@ def draw_settings(method: str, trial: int) -> dict[str, Any]:
     if over in ("fedvlr", "fedmr"):
         settings["router_lr_scale"] = round(log_uniform(rng, 0.1, 10), 3)
     if over == "fedrkg":
-        settings["interval"] = int(rng.choice([1, 2, 5, 10, 20]))
+        settings["interval"] = int(rng.choice([5, 10, 20, 50]))
         settings["beta"] = float(rng.choice([0.05, 0.1, 0.3, 0.5, 0.7, 0.9]))
         settings["gate_lr"] = round(log_uniform(rng, 1e-3, 1.0), 5)
     if over == "plgc":
