@@ -380,15 +380,15 @@ def client_round(engine: Engine, key, shared: Params, clients: Client, mail: Mai
 def server_step(engine: Engine, key: PRNGKey, server: Server, round_: Int[Array, ""], received: Aggregate):
     """The server's answer to a round: (server, mail)."""
     _, k_server = jax.random.split(client_key(key, round_, SERVER))
-    return engine.method.server_update(k_server, server, received)
+    server, mail = engine.method.server_update(k_server, server, received)
+    return server, jax.lax.with_sharding_constraint(mail, NamedSharding(engine.mesh, P(AXIS)))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 4))
 def server_step_over_mail(engine: Engine, key: PRNGKey, server: Server, round_, tables: PyTree, weights: Aggregate):
     """`server_step` for uploads that lie in the mail's places; the answers are written over them."""
     received = weights._replace(value=(tables, weights.value))
-    server, mail = server_step(engine, key, server, round_, received)
-    return server, jax.lax.with_sharding_constraint(mail, NamedSharding(engine.mesh, P(AXIS)))
+    return server_step(engine, key, server, round_, received)
 
 
 def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, cohort, pool):
@@ -397,7 +397,8 @@ def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, coh
     slots = spec.users_per_device
     first_user = jax.lax.axis_index(AXIS) * slots
     pool_size = spec.pool_size
-    example = _example_step(engine, 0, key, round_, shared, clients, mail, buckets, pool)
+    # of the widest bucket: an upload as long as a history fits the accumulator whatever its sender's bucket
+    example = _example_step(engine, len(buckets) - 1, key, round_, shared, clients, mail, buckets, pool)
     over_mail = method.aggregator.over_mail
     if over_mail:
         folded = mail, jnp.zeros(slots)
