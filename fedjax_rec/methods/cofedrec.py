@@ -2,7 +2,7 @@
 
     client   every batch takes PFedRec's two steps, first the score function (w_u, b_u), then the item table P_u, on
              BCE(w_u . p_ui + b_u) + reg T(P_u)
-             T(P) = tau / tau_0 mean_i [log sum_{a != i} exp(z_i . z_a / tau) - mean_{p in C(i), p != i} z_i . z_p / tau]
+             T(P) = tau / tau_0 mean_i [log sum_{a != i} exp(z_i.z_a / tau) - mean_{p in C(i), p != i} z_i.z_p / tau]
              with z_i = p_i / |p_i| and C(i) the items in i's cluster: supervised contrast over the whole catalogue
     server   clusters of items: k-means of the mean of the uploaded tables; sent down, used from the next round on
              a random participant a and a random cluster C:   s_u = sum_{i in C} cos(p_ui, p_ai)

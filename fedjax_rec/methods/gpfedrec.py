@@ -14,9 +14,9 @@ ones: `affinity=distance`. Users who did not take part in a round are in nobody'
 and do not count in C (the code needs everybody). Rates are LocalConfig's; the released ones (users' lr x 80, items'
 lr x items x 80) are not preset, nor is the Laplace noise on uploads.
 
-`gpfedrec_anchors` is OUR VARIANT for larger catalogues, not the paper's: in every round S is worked out from the rows of
-`anchor_items` items alone, drawn anew (the same for all users), at users^2 anchor_items dim instead of users^2 items
-dim. Mixing the tables over the graph costs users^2 items dim as before.
+`gpfedrec_anchors` is OUR VARIANT for larger catalogues, not the paper's: S is worked out from the rows of
+`anchor_items` items alone, drawn anew in every round (the same for all users), at users^2 anchor_items dim instead of
+users^2 items dim. Mixing the tables over the graph costs users^2 items dim as before.
 
 The regulariser reaches every row, so clients train on the whole catalogue, and clients x items x dim is held once:
 uploads take the mail's places and the server answers in place (aggregate.stacked_over_mail, server/graph.py).

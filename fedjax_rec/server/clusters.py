@@ -97,16 +97,12 @@ def similar_group(
     return jnp.zeros_like(present).at[order].set(members) & present
 
 
-def share_mean(
-    tables: Float[Array, "users items dim"], group: Bool[Array, "users"]
-) -> Float[Array, "users items dim"]:
+def share_mean(tables: Float[Array, "users items dim"], group: Bool[Array, "users"]) -> Float[Array, "users items dim"]:
     """Every member's table replaced by the group's mean, written over `tables` where its buffer may be reused."""
     weights = group.astype(tables.dtype) / jnp.maximum(group.sum(), 1)
 
     def put(tables, start, part):
         mean = jnp.tensordot(weights, part, 1)
-        return jax.lax.dynamic_update_slice_in_dim(
-            tables, jnp.where(group[:, None, None], mean, part), start, axis=1
-        )
+        return jax.lax.dynamic_update_slice_in_dim(tables, jnp.where(group[:, None, None], mean, part), start, axis=1)
 
     return over_items(put, tables, None, tables.shape[1])
