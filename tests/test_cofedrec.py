@@ -123,14 +123,14 @@ def slow_elbow(values):
 
 
 def test_elbow():
-    for values in (np.sort(RNG.random(12))[::-1], np.array([5, 4.9, 4.8, 1, 0.9, 0.8]), np.array([5, 1, 0.9, 0.8])):
+    for values in (np.sort(RNG.random(12))[::-1], np.array([5, 4.9, 4.8, 1, 0.9, 0.5]), np.array([5, 1, 0.9, 0.8])):
         padded = jnp.asarray(np.append(values, np.zeros(3)), jnp.float32)
         assert clusters.elbow(padded, jnp.int32(len(values))) == slow_elbow(values)
     assert clusters.elbow(jnp.array([2.0, 9.0]), jnp.int32(1)) == 0
 
 
 def test_the_group_ends_at_the_elbow():
-    similarity = jnp.array([1.0, 4.8, 9.0, 5.0, 0.9, 4.9, 0.8])
+    similarity = jnp.array([1.0, 4.8, 9.0, 5.0, 0.9, 4.9, 0.5])
     present = jnp.array([True, True, False, True, True, True, True])
     draws = jnp.zeros(7)
     group = clusters.similar_group(similarity, present, draws)

@@ -80,6 +80,13 @@ class Config(LocalConfig):
             positive(name, getattr(self, name), zero_allowed=True)
 
 
+def directions(table: Float[Array, "items dim"]) -> Float[Array, "items dim"]:
+    """Rows scaled to length 1. A row of zeros has no direction: it stays, and gets no gradient."""
+    square = (table**2).sum(-1, keepdims=True)
+    there = square > 1e-24
+    return jnp.where(there, table * jax.lax.rsqrt(jnp.where(there, square, 1.0)), 0.0)
+
+
 def contrast(
     table: Float[Array, "items dim"],
     labels: Int[Array, "items"],
@@ -94,8 +101,7 @@ def contrast(
     """
     items, count = table.shape[0], anchors.shape[0]
     size = jnp.zeros(num_clusters).at[labels].add(1.0)[labels]  # of each item's cluster
-    # 1e-24: a row of zeros has no direction and gets no gradient
-    unit, back = jax.vjp(lambda x: x * jax.lax.rsqrt(jnp.maximum((x**2).sum(-1, keepdims=True), 1e-24)), table)
+    unit, back = jax.vjp(directions, table)
     weights = jnp.where(size[anchors] > 1, 1.0 / count, 0.0)
 
     def attraction(unit):
