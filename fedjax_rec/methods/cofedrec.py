@@ -156,22 +156,23 @@ def cofedrec(config: Config, num_users: int, num_items: int, name: str = "cofedr
         labels = shared["clusters"]
 
         def step(carry, batch):
-            params, key = carry
-            key, k_anchors = jax.random.split(key)
+            params, number = carry
+            there = batch.mask.sum() > 0
             params, _ = tune_head(params, batch)
             after, value = tune_items(params, batch)
             if strength:
                 apart, grad = jax.lax.cond(
                     labels[0] >= 0,
-                    lambda: contrast_of(k_anchors, params["item"], labels),
+                    lambda: contrast_of(jax.random.fold_in(key, number), params["item"], labels),
                     lambda: (jnp.zeros(()), jnp.zeros_like(params["item"])),
                 )
                 # a step without samples changes nothing
-                rate = jnp.where(batch.mask.sum() > 0, item_lr * strength, 0.0)
+                rate = jnp.where(there, item_lr * strength, 0.0)
                 after, value = {**after, "item": after["item"] - rate * grad}, value + strength * apart
-            return (after, key), value
+            # steps without samples, of which a block's longest history makes some, are not counted
+            return (after, number + there), value
 
-        (after, _), value = run_steps(step, (params, key), data)
+        (after, _), value = run_steps(step, (params, jnp.int32(0)), data)
         return after, {"item": after["item"]}, {"loss": value}
 
     def server_update(key, server, received):
