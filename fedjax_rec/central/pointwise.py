@@ -45,7 +45,7 @@ class Config(LocalConfig):
     lr, optimizer, batch_size: the server's. dim, init_std, negatives, draw: see LocalConfig, the rest of which has no
     effect."""
 
-    lr: float = 0.005
+    lr: float = 0.002
     optimizer: str = "adam"
     l2: float = 1e-4
     user_init_std: float = 0.01
