@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+WORKERS ?= 2
 
 .PHONY: demo test test-encoders lint clean
 
@@ -11,7 +12,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(WORKERS) --dist=loadgroup
 
 test-encoders: $(VENV)/installed-encoders
 	$(RUN) -m pytest tests/encoders

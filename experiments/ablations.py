@@ -1,6 +1,9 @@
-"""Ablations of a multimodal recipe: fusion strategy, modalities, noise, sampling ratio. Markdown and plots.
+"""Ablations of a recipe, by what its method has: Markdown and plots.
 
     python experiments/ablations.py --data_dir=DATA --out=runs/ablations --base=my_fedvlr.flags
+
+FedVLR and its kin: fusion strategy, modalities, noise, sampling ratio. FedRKG: variants of guidance, interval, beta,
+the gate's rate. PLGC: mixing, kernel, contrast. MDiffFR: guidance, fusion of conditions, training of the diffusion.
 
 Every variant is a flagfile OUT/flags/<name>.flags, the base with a few flags changed, and a folder of seeds; tables.py
 runs them, so that a call which was interrupted goes on. Nothing is tuned again: a variant has the base's rates.
@@ -8,6 +11,7 @@ runs them, so that a call which was interrupted goes on. Nothing is tuned again:
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +27,7 @@ flags.DEFINE_string("out", "runs/ablations", "Folder of the workdirs, ablations.
 flags.DEFINE_string("base", None, "Flagfile of the full method.", required=True)
 flags.DEFINE_integer("seeds", 5, "Seeds 0 .. n-1 of every variant.")
 flags.DEFINE_list("k", ["10", "50"], "Cut-offs shown.")
-flags.DEFINE_list("groups", ["strategy", "modality", "noise", "sampling"], "Which ablations.")
+flags.DEFINE_list("groups", [], "Which ablations; default: those of the base's method.")
 flags.DEFINE_multi_string("override", [], "A flag handed to every run, e.g. --rounds=50.")
 
 FULL = "full"
@@ -46,7 +50,39 @@ GROUPS = {
         "l2_0.001": ["--set=l2=0.001"],
     },
     "sampling": {f"share_{share}": [f"--clients_per_round={share}"] for share in (0.1, 0.25, 0.5, 0.75)},
+    "guidance": {
+        name: [f"--set=guidance={name}"] for name in ("ag", "kg", "global_only", "personal_only", "local_only")
+    }
+    | {"replaced_every_round": ["--set=guidance=global_only", "--set=interval=1"]},
+    "interval": {f"every_{n}": [f"--set=interval={n}"] for n in (1, 5, 10, 50, 100, 200)},
+    "beta": {f"beta_{b}": [f"--set=beta={b}"] for b in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)},
+    "gate": {f"gate_lr_{r}": [f"--set=gate_lr={r}"] for r in (0.0, 1e-4, 1e-2, 0.1, 1.0)},
+    "mixing": {
+        "global": ["--set=mixing=constant", "--set=coefficient=0"],
+        "half": ["--set=mixing=constant", "--set=coefficient=0.5"],
+        "local": ["--set=mixing=constant", "--set=coefficient=1"],
+        "replaced": ["--set=table=replaced"],
+        "plain_trace": ["--set=centre=false"],
+    },
+    "contrast": {f"weight_{w}": [f"--set=contrast_weight={w}"] for w in (0.0, 0.001, 0.01, 0.1)}
+    | {f"contrast_{kind}": [f"--set=contrast={kind}"] for kind in ("mixed", "self")},
+    "conditions": {name: [f"--set=guidance={name}"] for name in ("none", "zero", "random")}
+    | {f"fusion_{name}": [f"--set=fusion={name}"] for name in ("mean", "concat")},
+    "diffusion": {f"every_{n}_rounds": [f"--set=train_every={n}"] for n in (2, 5, 10)}
+    | {"snr_weights": ["--set=loss_weights=snr"], "sampling_noise": ["--set=sampling_noise=true"]},
 }
+OF_METHOD = {
+    "fedrkg": ["guidance", "interval", "beta", "gate"],
+    "plgc": ["mixing", "contrast"],
+    "mdifffr": ["conditions", "diffusion"],
+}
+MULTIMODAL = ["strategy", "modality", "noise", "sampling"]
+
+
+def groups_of(base: str) -> list[str]:
+    """The ablations that the method of a flagfile has."""
+    found = re.search(r"^--method=(\S+)", Path(base).read_text(), re.MULTILINE)
+    return OF_METHOD.get(found[1] if found else "", MULTIMODAL)
 
 
 def write_flagfiles(folder: Path, group: str) -> list[Path]:
@@ -84,7 +120,7 @@ def main(argv) -> None:
     if unknown:
         raise app.UsageError(f"--groups: {', '.join(sorted(unknown))} unknown, expected some of {', '.join(GROUPS)}")
     parts = []
-    for group in FLAGS.groups:
+    for group in FLAGS.groups or groups_of(FLAGS.base):
         flagfiles = write_flagfiles(out / "flags", group)
         command = [
             sys.executable, str(Path(__file__).with_name("tables.py")), f"--data_dir={FLAGS.data_dir}", f"--out={out}",

@@ -65,7 +65,7 @@ class Evaluator:
         sampled: rank against 99 sampled items instead of the catalogue (named, never the default).
         targets: per bucket (valid [n, t], test [n, t]) item ids padded with num_items.
         known: per bucket all items of each user (for `sampled`), else ().
-        candidates: (valid [items], test [items]) of items that compete, or None for all.
+        candidates: (valid, test) ids of the items that compete, or None for all.
     """
 
     engine: Engine
@@ -107,7 +107,7 @@ def make_evaluator(engine: Engine, split: Split, *, protocol: Protocol = HONEST,
         known = tuple(place(x) for x in _layout(Pairs(joined[0][order], joined[1][order]), engine))
     candidates = None
     if split.candidates is not None:
-        candidates = (jnp.asarray(split.candidates["valid"]), jnp.asarray(split.candidates["test"]))
+        candidates = tuple(jnp.asarray(np.flatnonzero(split.candidates[part])) for part in ("valid", "test"))
     return Evaluator(engine, split, protocol, sampled, targets, known, candidates)
 
 
@@ -163,23 +163,31 @@ def client_model(engine: Engine, replicated, sharded, slot, record: Record, size
 
 
 def rank_of(
-    scores: Float[Array, "items"], targets: Int[Array, "targets"], allowed: Array | None = None
+    scores: Float[Array, "items"],
+    targets: Int[Array, "targets"],
+    competing: Float[Array, "competing"] | None = None,
+    count: Int[Array, ""] | None = None,
 ) -> Float[Array, "targets"]:
     """1 + (strictly greater) + (ties) / 2 of each target, counted over the other items whose score is above -inf.
 
-    Padding targets (>= items) get NaN. `allowed`, if given, is a mask of the items that compete.
+    Padding targets (>= items) get NaN.
+
+    Args:
+        competing: scores of the items that compete, the targets among them; default: all.
+        count: targets beyond so many are padding, and not looked at.
     """
-    competing = scores > -jnp.inf
-    if allowed is not None:
-        competing &= allowed
+    competing = scores if competing is None else competing
 
     def one(target):
         own = scores.at[target].get(mode="fill", fill_value=jnp.nan)
-        greater = ((scores > own) & competing).sum()
-        ties = ((scores == own) & competing).at[target].set(False, mode="drop").sum()
-        return jnp.where(jnp.isnan(own), jnp.nan, 1.0 + greater + 0.5 * ties)
+        # an item at -inf does not compete: nothing is greater because of it, and it ties with nobody
+        ties = jnp.where(own > -jnp.inf, (competing == own).sum() - 1, 0)
+        return jnp.where(jnp.isnan(own), jnp.nan, 1.0 + (competing > own).sum() + 0.5 * ties)
 
-    return jax.lax.map(one, targets) if targets.shape[0] > 1 else one(targets[0])[None]
+    if targets.shape[0] == 1:
+        return one(targets[0])[None]
+    body = lambda i, ranks: ranks.at[i].set(one(targets[i]))
+    return jax.lax.fori_loop(0, targets.shape[0] if count is None else count, body, jnp.full(targets.shape, jnp.nan))
 
 
 def _eval_block(engine: Engine, scorer: Scorer, width: int) -> int:
@@ -213,27 +221,31 @@ def _rank_device(evaluator: Evaluator, scorer, replicated, sharded, cohort, buck
     first_user = jax.lax.axis_index(AXIS) * slots
     top = min(TOP, spec.num_items)
 
-    def one_client(slot, record, valid_items, test_items, known_items, size, steps):
+    def one_client(slot, record, valid_items, test_items, known_items, size, steps, counts):
         scores = scorer(engine, replicated, sharded, slot, record, size, steps)
         real = record.user < spec.num_users
         bad = ((~jnp.isfinite(scores)).sum() * real).astype(jnp.int32)
         # -inf is for items that do not compete: what has no usable score competes, and comes last
         scores = jnp.maximum(jnp.where(jnp.isnan(scores), -jnp.inf, scores), jnp.finfo(scores.dtype).min)
         scores = scores.at[record.history].set(-jnp.inf, mode="drop")
-        allowed = candidates or (None, None)
         at_valid = at_test = scores
         if candidates is None and protocol.mask_valid_at_test:
             at_test = scores.at[valid_items].set(-jnp.inf, mode="drop")
         if evaluator.sampled:
-            among = tuple(_sampled_items(record.user, known_items, spec.num_items, mask) for mask in allowed)
-            wanted = (valid_items, test_items)
-            allowed = tuple(a.at[w].set(True, mode="drop") for a, w in zip(among, wanted, strict=True))
-        if allowed[1] is not None:
-            at_test = jnp.where(allowed[1], at_test, -jnp.inf)
-            at_valid = jnp.where(allowed[0], at_valid, -jnp.inf)
-        best, listed = jax.lax.top_k(at_test, top)
+            at_valid, at_test = (
+                jnp.where(_sampled_items(record.user, known_items, wanted, allowed, spec.num_items), at, -jnp.inf)
+                for at, wanted, allowed in zip(
+                    (at_valid, at_test), (valid_items, test_items), candidates or (None, None), strict=True
+                )
+            )
+        # of a split by items few compete: only their scores are compared
+        few = () if candidates is None or evaluator.sampled else candidates
+        competing = tuple(scores[ids] for ids in few) or (at_valid, at_test)
+        best, listed = jax.lax.top_k(competing[1], min(top, competing[1].shape[0]))
+        listed = few[1][listed] if few else listed
         listed = jnp.where((best > -jnp.inf) & real, listed, spec.num_items)
-        return rank_of(at_valid, valid_items), rank_of(at_test, test_items), listed, bad
+        valid = rank_of(at_valid, valid_items, competing[0], counts[0])
+        return valid, rank_of(at_test, test_items, competing[1], counts[1]), listed, bad
 
     widths = [t.shape[1] for t in targets[0]]
     carry = (
@@ -256,8 +268,10 @@ def _rank_device(evaluator: Evaluator, scorer, replicated, sharded, cohort, buck
             take = lambda x: x.at[position].get(mode="fill", fill_value=spec.num_items)
             steps = epoch_steps(method.sampling, engine.sizes[b], record.length.max())
             seen = take(known[b]) if evaluator.sampled else record.history
-            run = lambda s, r, v, t, k: one_client(s, r, v, t, k, engine.sizes[b], steps)
-            v, t, listed, wrong = jax.vmap(run)(slot, record, take(targets[b][0]), take(targets[b][1]), seen)
+            wanted = take(targets[b][0]), take(targets[b][1])
+            counts = tuple((items < spec.num_items).sum(1).max() for items in wanted)
+            run = lambda s, r, v, t, k: one_client(s, r, v, t, k, engine.sizes[b], steps, counts)
+            v, t, listed, wrong = jax.vmap(run)(slot, record, *wanted, seen)
             return (
                 valid.at[slot].set(v, mode="drop"),
                 test.at[slot].set(t, mode="drop"),
@@ -271,12 +285,17 @@ def _rank_device(evaluator: Evaluator, scorer, replicated, sharded, cohort, buck
 
 
 def _sampled_items(
-    user: Int[Array, ""], known: Int[Array, "known"], num_items: int, allowed: Bool[Array, "items"] | None
+    user: Int[Array, ""],
+    known: Int[Array, "known"],
+    wanted: Int[Array, "targets"],
+    candidates: Int[Array, "candidates"] | None,
+    num_items: int,
 ) -> Bool[Array, "items"]:
-    """Mask of 99 items outside all of a user's items (fewer where fewer are allowed), fixed by the user alone."""
+    """Mask of the wanted items and of 99 outside all of a user's items (fewer where fewer compete), fixed by the user
+    alone."""
     key = jax.random.fold_in(jax.random.key(SAMPLED_NEGATIVES), user)
     order = jax.random.uniform(key, (num_items,)).at[known].set(-1.0, mode="drop")
-    if allowed is not None:
-        order = jnp.where(allowed, order, -1.0)
+    if candidates is not None:
+        order = jnp.full(num_items, -1.0).at[candidates].set(order[candidates])
     value, drawn = jax.lax.top_k(order, min(SAMPLED_NEGATIVES, num_items))
-    return jnp.zeros(num_items, bool).at[drawn].set(value >= 0)
+    return jnp.zeros(num_items, bool).at[drawn].set(value >= 0).at[wanted].set(True, mode="drop")

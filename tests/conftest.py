@@ -13,6 +13,8 @@ from fedjax_rec.data.readers import DATASETS
 from fedjax_rec.system import spare_maps
 
 jax.config.update("jax_num_cpu_devices", 4)  # before any device is used: tests of the mesh need several
+# nearly all time goes into compiling: a third less of it. What users run is tested by the commands run as processes
+jax.config.update("jax_disable_most_optimizations", True)
 
 REAL_DATA = Path(os.environ.get("FEDJAX_REC_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
@@ -37,3 +39,18 @@ def real_data() -> Callable[..., Path]:
 @pytest.fixture(autouse=True)
 def no_crash_from_too_many_compiled_functions() -> None:
     spare_maps()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests stay together on one worker; of the laws, those of one case, which share compiled engines."""
+    group = {item: _case(item) or item.path.name for item in items}
+    first = {name: place for place, name in reversed(list(enumerate(group.values())))}
+    items.sort(key=lambda item: first[group[item]])
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group[item]))
+
+
+def _case(item: pytest.Item) -> str:
+    """The `case` a law is about, or ""."""
+    call = getattr(item, "callspec", None)
+    return str(call.params["case"]) if call and item.path.name == "test_laws.py" and "case" in call.params else ""

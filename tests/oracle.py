@@ -43,7 +43,7 @@ class Oracle:
             state = self.exchange(key, state, round_)
         users = range(self.split.num_users) if users is None else users
         k_publish, k_server = jax.random.split(client_key(key, jnp.int32(round_), SERVER))
-        shared = self.method.publish(k_publish, state.server)
+        shared = self.published(k_publish, state)
         clients = jax.tree.map(np.array, state.clients)
         sent, weights, infos = [], [], []
         over_mail = self.method.aggregator.over_mail
@@ -89,9 +89,13 @@ class Oracle:
         data = self.data(k_draw, user, round_)
         return self._train(k_train, k_upload, shared, mail, own, data)
 
+    def published(self, key, state: State):
+        """What the server hands out, also of a state on the host."""
+        return self.method.publish(key, jax.tree.map(jnp.asarray, state.server))
+
     def scores(self, state: State, user: int):
         """The user's logits [items], with the server's present state."""
-        shared = self.method.publish(jax.random.key(0), state.server)
+        shared = self.published(jax.random.key(0), state)
         own = jax.tree.map(lambda x: jnp.asarray(x[user]), state.clients)
         data = self.data(jax.random.key(0), user, 0)
         return self.method.score(shared, self.method.download(shared, (), own, data), data)

@@ -47,7 +47,8 @@ def built(name, values, **settings):
 def scores(method, state, user=0):
     """The user's logits under the server's present state."""
     population = clients.build(split(), max_buckets=1)
-    record = record_at(population.buckets[0], jnp.array([user]), USERS, ITEMS, population.pool_size)
+    bucket = jax.tree.map(jnp.asarray, population.buckets[0])
+    record = record_at(bucket, jnp.array([user]), USERS, ITEMS, population.pool_size)
     data = catalogue_data(jax.tree.map(lambda x: x[0], record), ITEMS, jnp.int32(0))
     shared = method.publish(KEY, state.server)
     own = jax.tree.map(lambda x: x[user], state.clients)

@@ -143,18 +143,20 @@ def test_rank_is_the_mean_place_over_all_orders_of_the_ties():
 def test_rank_counts_only_competing_items():
     scores = jnp.array([5.0, 4.0, 3.0, 3.0, -jnp.inf])
     np.testing.assert_array_equal(rank_of(scores, jnp.array([2, 3])), [3.5, 3.5])
-    allowed = jnp.array([False, True, True, False, True])
-    np.testing.assert_array_equal(rank_of(scores, jnp.array([2]), allowed), [2])
+    np.testing.assert_array_equal(rank_of(scores, jnp.array([2]), scores[jnp.array([1, 2, 4])]), [2])
+
+
+def test_targets_beyond_the_count_are_not_looked_at():
+    ranks = rank_of(jnp.array([3.0, 2.0, 1.0]), jnp.array([2, 1, 0]), count=jnp.int32(2))
+    np.testing.assert_array_equal(ranks, [3, 2, np.nan])
 
 
 def test_padding_targets_have_no_rank():
     np.testing.assert_array_equal(rank_of(jnp.array([1.0, 2.0]), jnp.array([2, 0])), [np.nan, 2])
 
 
-def test_a_target_that_does_not_compete_itself_is_not_taken_from_the_ties():
-    """Its own place among the ties must not be subtracted when it was never counted."""
+def test_masked_items_do_not_tie():
     np.testing.assert_array_equal(rank_of(jnp.full(4, -jnp.inf), jnp.array([1])), [1])
-    np.testing.assert_array_equal(rank_of(jnp.array([1.0, 1.0, 0.0]), jnp.array([0]), jnp.array([0, 1, 1]) > 0), [1.5])
 
 
 # ---- masks and candidates ------------------------------------------------------------------------------------

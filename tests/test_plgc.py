@@ -139,9 +139,11 @@ def test_the_kernel_of_the_probability_weighs_rows():
 
 def test_the_global_table_gets_no_gradient():
     local, frozen = jax.random.normal(KEY, (2, 12, 4))
-    grad_local, grad_frozen = jax.grad(lambda a, b: (plgc.mix(0.3, a, b) ** 2).sum(), argnums=(0, 1))(local, frozen)
+    grad_local, grad_frozen = jax.grad(lambda a, b: (plgc.mix(0.3, a, b) ** 2).sum(), argnums=(0, 1))(
+        jnp.asarray(local), jnp.asarray(frozen)
+    )
     assert not np.any(grad_frozen)
-    np.testing.assert_allclose(grad_local, 0.3 * 2 * plgc.mix(0.3, local, frozen), rtol=1e-6)
+    np.testing.assert_allclose(grad_local, 0.3 * 2 * plgc.mix(0.3, jnp.asarray(local), jnp.asarray(frozen)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -217,7 +219,15 @@ def test_contrast_is_its_formula_on_the_samples_that_are_there():
 def test_contrast_has_the_gradient_of_finite_differences():
     a, b = jax.random.normal(KEY, (2, 12, 4))
     mask = jnp.array([1.0] * 9 + [0.0] * 3)
-    check_grads(lambda x: plgc.contrast(x, b, mask, 0.3), (a,), order=1, modes=("rev",), eps=1e-2, atol=1e-2, rtol=1e-2)
+    check_grads(
+        lambda x: plgc.contrast(jnp.asarray(x), b, mask, 0.3),
+        (a,),
+        order=1,
+        modes=("rev",),
+        eps=1e-2,
+        atol=1e-2,
+        rtol=1e-2,
+    )
     gradient = jax.grad(plgc.contrast)(a, b, mask, 0.3)
     assert not np.any(gradient[9:])
 
@@ -260,8 +270,8 @@ def test_explain_reports_coefficient_and_spectra():
     method = build("plgc", "pfedrec")
     state, _ = play(method, 2)
     own = jax.tree.map(lambda x: jnp.asarray(x[0]), state.clients)
-    params = method.download(state.server.shared, (), own, None)
-    said = method.explain(state.server.shared, params, None)
+    shared = jax.tree.map(jnp.asarray, state.server.shared)
+    said = method.explain(shared, method.download(shared, (), own, None), None)
     assert 0 < said["mixing"] < 1
     for kind in ("global", "local", "mixed"):
         assert said[f"spectrum_{kind}"].shape == (4,)

@@ -75,8 +75,8 @@ class Settings:
 
     Attributes:
         steps, scale, low, high: T, s and the two bounds of Eq. 6.
-        residual: x^_0 = sqrt(abar) x_t + sqrt(1 - abar) network, where x_t also enters the network's sum and the
-            network has residual blocks; else x_t is only the attention's query, as released.
+        residual: x^_0 = sqrt(abar) x_t + sqrt(1 - abar) network, where x_t and the features also enter the network's
+            sum and the network has residual blocks; else x_t is only the attention's query, as released.
         hidden: width of the residual network's blocks; the other one has the released widths, dim and dim / 2.
         heads, dropout: of the attention; of the normalised x_t.
         fusion: `attention` (Eqs. 16-17), or without it the `mean` or a map of the `concat`enation of time and features.
@@ -160,7 +160,9 @@ class Denoiser(nn.Module):
         query = nn.Dropout(s.dropout)(query, deterministic=not train)
         fused = Fusion(width, s.heads, s.fusion)(query, conditions)
         if s.residual:
-            hidden = dense(s.hidden)(noisy) + dense(s.hidden)(fused)
+            # the features also enter uncut: two tanh layers of the rows' width are a bottleneck
+            told = jnp.where(known[:, None] > 0, features, 0.0)
+            hidden = dense(s.hidden)(noisy) + dense(s.hidden)(fused) + dense(s.hidden)(told)
             for _ in range(2):
                 inner = nn.silu(dense(2 * s.hidden)(nn.LayerNorm()(hidden)))
                 inner = nn.Dropout(s.dropout)(inner, deterministic=not train)
