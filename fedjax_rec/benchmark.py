@@ -16,7 +16,7 @@ from fedjax_rec.data.clients import row_offsets
 from fedjax_rec.data.splits import Split
 from fedjax_rec.experiment import Experiment, RunConfig, check_memory, prepare
 from fedjax_rec.method import Method
-from fedjax_rec.rounds import State, client_round, publish, server_step
+from fedjax_rec.rounds import State, local_round, publish, server_step
 from fedjax_rec.system import device_name, peak_memory_bytes, versions
 from fedjax_rec.validate import positive
 from fedjax_rec.workdir import write_json
@@ -106,7 +106,7 @@ def _phases(ready: Experiment, state: State, rounds: int) -> tuple[dict[str, flo
         at = [time.perf_counter()]
         shared = jax.block_until_ready(publish(engine, key, state.server, round_))
         at.append(time.perf_counter())
-        worked = client_round(engine, key, shared, state.clients, state.mail, round_, cohort)
+        worked = local_round(engine)(engine, key, shared, state.clients, state.mail, round_, cohort)
         clients, received, _ = jax.block_until_ready(worked)
         at.append(time.perf_counter())
         server, mail = jax.block_until_ready(server_step(engine, key, state.server, round_, received))

@@ -62,6 +62,7 @@ PUBLISHED: dict[str, Protocol] = {
     "fedrap": _OUTSIDE_ALL,
     "fedrkg": _OUTSIDE_ALL,
     "gpfedrec": _OUTSIDE_ALL,
+    "cofedrec": _OUTSIDE_ALL,
 }
 
 

@@ -123,7 +123,7 @@ class Engine:
         if due and exchange.at_start:
             state, told = self.exchange(key, state, round_)
         shared = publish(self, key, state.server, round_)
-        clients, received, info = client_round(
+        clients, received, info = local_round(self)(
             self, key, shared, state.clients, state.mail, round_, cohort or self.everybody
         )
         if self.method.aggregator.over_mail:
@@ -359,8 +359,7 @@ def publish(engine: Engine, key: PRNGKey, server: Server, round_: Int[Array, ""]
     return engine.method.publish(k_publish, server)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
-def client_round(engine: Engine, key, shared: Params, clients: Client, mail: Mail, round_, cohort: Cohort):
+def _client_round(engine: Engine, key, shared: Params, clients: Client, mail: Mail, round_, cohort: Cohort):
     """All clients' local work: (their state, the aggregate, means for the log)."""
     method = engine.method
     clients, folded, totals = jax.shard_map(
@@ -376,19 +375,28 @@ def client_round(engine: Engine, key, shared: Params, clients: Client, mail: Mai
     return clients, received, {**info, "clients": count}
 
 
+client_round = jax.jit(_client_round, static_argnums=0, donate_argnums=(3, 4))
+client_round_beside_mail = jax.jit(_client_round, static_argnums=0, donate_argnums=3)
+
+
+def local_round(engine: Engine):
+    """`client_round` where uploads take the mail's places, else the one that leaves the mail as it is."""
+    return client_round if engine.method.aggregator.over_mail else client_round_beside_mail
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def server_step(engine: Engine, key: PRNGKey, server: Server, round_: Int[Array, ""], received: Aggregate):
     """The server's answer to a round: (server, mail)."""
     _, k_server = jax.random.split(client_key(key, round_, SERVER))
-    return engine.method.server_update(k_server, server, received)
+    server, mail = engine.method.server_update(k_server, server, received)
+    return server, jax.lax.with_sharding_constraint(mail, NamedSharding(engine.mesh, P(AXIS)))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 4))
 def server_step_over_mail(engine: Engine, key: PRNGKey, server: Server, round_, tables: PyTree, weights: Aggregate):
     """`server_step` for uploads that lie in the mail's places; the answers are written over them."""
     received = weights._replace(value=(tables, weights.value))
-    server, mail = server_step(engine, key, server, round_, received)
-    return server, jax.lax.with_sharding_constraint(mail, NamedSharding(engine.mesh, P(AXIS)))
+    return server_step(engine, key, server, round_, received)
 
 
 def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, cohort, pool):
@@ -397,7 +405,8 @@ def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, coh
     slots = spec.users_per_device
     first_user = jax.lax.axis_index(AXIS) * slots
     pool_size = spec.pool_size
-    example = _example_step(engine, 0, key, round_, shared, clients, mail, buckets, pool)
+    # of the widest bucket: an upload as long as a history fits the accumulator whatever its sender's bucket
+    example = _example_step(engine, len(buckets) - 1, key, round_, shared, clients, mail, buckets, pool)
     over_mail = method.aggregator.over_mail
     if over_mail:
         folded = mail, jnp.zeros(slots)

@@ -98,3 +98,16 @@ def test_tables_are_held_once():
 def test_wrong_settings_are_named(setting, message):
     with pytest.raises(ValueError, match=message):
         gpfedrec.Config(**setting)
+
+
+def test_anchors_compare_users_by_some_items():
+    tables = RNG.normal(size=(7, 50, 3)).astype(np.float32)
+    every = gpfedrec.similarity_by_anchors(KEY, jnp.asarray(tables), 50)
+    close(every, graph.cosine(jnp.asarray(tables)))
+    anchors = np.asarray(jax.random.choice(KEY, 50, (8,), replace=False))
+    assert len(set(anchors)) == 8
+    flat = tables[:, anchors].reshape(7, -1)
+    length = np.linalg.norm(flat, axis=1)
+    close(gpfedrec.similarity_by_anchors(KEY, jnp.asarray(tables), 8), flat @ flat.T / np.outer(length, length))
+    with pytest.raises(ValueError, match=r"anchor_items=91: expected a number in \[1, 90\]"):
+        methods.build("gpfedrec_anchors", 23, 90, anchor_items=91)

@@ -39,9 +39,12 @@ VIEWS = {"id_dim": 6, "local_epochs": 2, "fusion_lr_scale": 2.0}
 # sgd: adaptive steps blow rounding up where a gradient is nearly zero
 DIFFUSION = {"condition_dim": 6, "diffusion_batch": 64, "diffusion_optimizer": "sgd", "diffusion_lr": 0.01}
 PULL = {"condition_dim": 6, "eta": 0.1, "reg": 10.0, "layers": (8,), "user_lr_scale": 1.0, "user_init_std": 0.3}
+CLUSTERS = {"item_clusters": 4, "reg": 0.05, "own_lr_scale": 10.0}
 OWN = {
     "fedncf": TOWER,
     "gpfedrec": TOWER,
+    "gpfedrec_anchors": {**TOWER, "anchor_items": 20},
+    "cofedrec": CLUSTERS,
     "feddae": {"layers": (8,), "gate_width": 4, "history_rows": 64, "lr": 0.01, "dropout": 0.0},
     "fedvlr": VIEWS,
     "fedmr": VIEWS,
@@ -91,6 +94,7 @@ SPECIAL = {name: NAMED[name] for name in KIN} | {
     "graph of distances": Case(
         "gpfedrec", {**TOWER, "affinity": "distance", "message_layers": 2, "reg": 5.0}, "outside_all"
     ),
+    "sampled contrast": Case("cofedrec", {**CLUSTERS, "contrast_items": 30}, "outside_all"),
     "guidance": Case("fedrkg", {"interval": 2, "beta": 0.6, "gate_lr": 0.3, "gate_epochs": 2}),
     "guidance, released": Case(
         "fedrkg",

@@ -7,10 +7,11 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from fedjax_rec.central import ease
+from fedjax_rec.central import ease, pointwise
 from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.method import Method
 from fedjax_rec.methods import (
+    cofedrec,
     content_cold,
     feddae,
     fedmf,
@@ -49,6 +50,10 @@ METHODS: dict[str, Entry] = {
     "fedrap": Entry(fedrap.fedrap, fedrap.Config()),
     "fedrkg": Entry(fedrkg.fedrkg, fedrkg.Config()),
     "gpfedrec": Entry(gpfedrec.gpfedrec, gpfedrec.Config()),
+    "gpfedrec_anchors": Entry(gpfedrec.gpfedrec_anchors, gpfedrec.AnchorsConfig()),
+    "cofedrec": Entry(cofedrec.cofedrec, cofedrec.Config()),
+    "mf": Entry(pointwise.mf, pointwise.Config(), central=True),
+    "neumf": Entry(pointwise.neumf, pointwise.NeuMFConfig(), central=True),
     "ease": Entry(ease.ease, ease.Config(), central=True),
     "plgc": Entry(plgc.plgc, plgc.Config()),
     "feddae": Entry(feddae.feddae, feddae.Config()),

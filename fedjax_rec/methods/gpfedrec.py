@@ -14,6 +14,10 @@ ones: `affinity=distance`. Users who did not take part in a round are in nobody'
 and do not count in C (the code needs everybody). Rates are LocalConfig's; the released ones (users' lr x 80, items'
 lr x items x 80) are not preset, nor is the Laplace noise on uploads.
 
+`gpfedrec_anchors` is OUR VARIANT for larger catalogues, not the paper's: S is worked out from the rows of
+`anchor_items` items alone, drawn anew in every round (the same for all users), at users^2 anchor_items dim instead of
+users^2 items dim. Mixing the tables over the graph costs users^2 items dim as before.
+
 The regulariser reaches every row, so clients train on the whole catalogue, and clients x items x dim is held once:
 uploads take the mail's places and the server answers in place (aggregate.stacked_over_mail, server/graph.py).
 """
@@ -21,8 +25,11 @@ uploads take the mail's places and the server answers in place (aggregate.stacke
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from fedjax_rec import aggregate
 from fedjax_rec.backbones.ncf import neural_cf
@@ -30,7 +37,8 @@ from fedjax_rec.method import Method, Server
 from fedjax_rec.roles import binary_cross_entropy, run_steps, sgd_step
 from fedjax_rec.server import graph
 from fedjax_rec.sharing import LocalConfig, item_table
-from fedjax_rec.validate import one_of, positive
+from fedjax_rec.types import PRNGKey
+from fedjax_rec.validate import between, one_of, positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +76,36 @@ class Config(LocalConfig):
         positive("layers", len(self.layers))
 
 
-def gpfedrec(config: Config, num_users: int, num_items: int, name: str = "gpfedrec") -> Method:
-    """GPFedRec; see the module docstring."""
+@dataclasses.dataclass(frozen=True)
+class AnchorsConfig(Config):
+    """Attributes: anchor_items: items drawn per round that users are compared by. Others: see Config."""
+
+    anchor_items: int = 64
+
+
+def similarity_by_anchors(
+    key: PRNGKey, tables: Float[Array, "users items dim"], count: int
+) -> Float[Array, "users users"]:
+    """Cosine similarity of the users' rows of `count` different random items."""
+    anchors = jax.random.choice(key, tables.shape[1], (count,), replace=False)
+    return graph.cosine(tables[:, anchors])
+
+
+def gpfedrec_anchors(config: AnchorsConfig, num_users: int, num_items: int, name: str = "gpfedrec_anchors") -> Method:
+    """GPFedRec with users compared by sampled items; see the module docstring."""
+    between("anchor_items", config.anchor_items, 1, num_items)
+    compare = lambda key, tables: similarity_by_anchors(key, tables, config.anchor_items)
+    return gpfedrec(config, num_users, num_items, name, compare)
+
+
+def gpfedrec(
+    config: Config,
+    num_users: int,
+    num_items: int,
+    name: str = "gpfedrec",
+    compare: Callable[..., Float[Array, "users users"]] = lambda key, tables: graph.cosine(tables),
+) -> Method:
+    """GPFedRec; see the module docstring. `compare`: (key, tables) -> similarity of all pairs of users."""
     backbone = neural_cf(config.dim, layers=config.layers, gmf=False, init_std=config.user_init_std)
     item_lr = config.item_lr(num_users)
 
@@ -99,7 +135,7 @@ def gpfedrec(config: Config, num_users: int, num_items: int, name: str = "gpfedr
     def server_update(key, server, received):
         (tables, present), count = received.value, received.count
         takes_part = present > 0
-        similarity = graph.cosine(tables["item"])
+        similarity = compare(key, tables["item"])
         affinity = similarity if config.affinity == "similarity" else 1.0 - similarity
         weights = graph.neighbours(affinity, takes_part, config.threshold)
         answers = graph.pass_messages(weights, tables["item"], config.message_layers)

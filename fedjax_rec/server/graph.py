@@ -17,7 +17,7 @@ def gram(tables: Float[Array, "users items dim"]) -> Float[Array, "users users"]
     """Inner products of the users' flattened tables."""
     users, items, _ = tables.shape
     add = lambda total, start, part: total + jnp.einsum("uid,vid->uv", part, part)
-    return _over_items(add, jnp.zeros((users, users)), tables, items)
+    return over_items(add, jnp.zeros((users, users)), tables, items)
 
 
 def cosine(tables: Float[Array, "users items dim"]) -> Float[Array, "users users"]:
@@ -51,10 +51,10 @@ def pass_messages(
     def put(tables, start, part):
         return jax.lax.dynamic_update_slice_in_dim(tables, jnp.einsum("uv,vid->uid", power, part), start, axis=1)
 
-    return _over_items(put, tables, None, tables.shape[1])
+    return over_items(put, tables, None, tables.shape[1])
 
 
-def _over_items(body, carry, tables, items: int):
+def over_items(body, carry, tables, items: int):
     """body(carry, start, slice) for every slice of the item axis of `tables` (None: of the carry)."""
     width = min(ITEMS_AT_ONCE, items)
     whole = items // width

@@ -1,0 +1,230 @@
+"""MF and NeuMF trained on a server that sees everybody's samples. NOT federated.
+
+    mf      s_ui = p_u . q_i
+    neumf   s_ui = h . [MLP([p_u ; q_i]) ; p'_u * q'_i]
+    L       = mean over a mini-batch of BCE(s_ui, y_ui) + l2 (|p_u|^2 + |q_i|^2)
+
+One round is one epoch: every client sends its training items with the negatives drawn for it in this round (by the
+engine's sampler, so from where the protocol allows them), and the server goes once through all samples in random order
+in mini-batches. It answers each user with the user's own vector, which is the user's mail.
+
+Follows: Koren, Bell and Volinsky 2009 (the inner product) and He et al., Neural Collaborative Filtering, WWW 2017
+(one table per branch, no pretraining), both with NCF's pointwise loss, sampled negatives and Adam.
+Deviations: the random order is a random lattice (index k of an epoch is sample (b + a k) mod the number of samples,
+a and b random, a coprime to it): no sort, and each batch is spread over the users. Before the first round, and for a
+user who joins later, the vector is the users' mean.
+
+The optimiser steps on whole tables, so a mini-batch costs (users + items) dim. The server holds the samples as users x
+the longest client's samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, UInt32
+
+from fedjax_rec.aggregate import equal
+from fedjax_rec.backbones import Backbone
+from fedjax_rec.backbones.mf import matrix_factorisation
+from fedjax_rec.backbones.ncf import neural_cf
+from fedjax_rec.data.sampling import PRIMES
+from fedjax_rec.method import Aggregate, Aggregator, Batch, Method, Server, batch_at
+from fedjax_rec.roles import OPTIMIZERS, binary_cross_entropy, masked_mean
+from fedjax_rec.sharing import LocalConfig, item_table
+from fedjax_rec.types import Params, PRNGKey, PyTree
+from fedjax_rec.validate import positive
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(LocalConfig):
+    """Attributes: l2: weight of the squared lengths. user_init_std: standard deviation of user vectors at the start.
+    lr, optimizer, batch_size: the server's. dim, init_std, negatives, draw: see LocalConfig, the rest of which has no
+    effect."""
+
+    lr: float = 0.002
+    optimizer: str = "adam"
+    l2: float = 1e-4
+    user_init_std: float = 0.01
+
+    def __post_init__(self):
+        super().__post_init__()
+        positive("batch_size", self.batch_size)
+        for name in ("l2", "user_init_std"):
+            positive(name, getattr(self, name), zero_allowed=True)
+        if self.local_epochs != 1:
+            raise ValueError(f"local_epochs={self.local_epochs}: expected 1, a round is one epoch; give more rounds")
+
+
+@dataclasses.dataclass(frozen=True)
+class NeuMFConfig(Config):
+    """Attributes: layers: widths of the tower after its 2 dim inputs. Others: see Config."""
+
+    layers: tuple[int, ...] = (32, 16, 8)
+
+    def __post_init__(self):
+        super().__post_init__()
+        positive("layers", len(self.layers))
+
+
+def mf(config: Config, num_users: int, num_items: int, name: str = "mf") -> Method:
+    """Centralised matrix factorisation; see the module docstring."""
+    backbone = matrix_factorisation(config.dim, bias=False, init_std=config.user_init_std)
+    return _trained_on_the_server(config, backbone, num_users, num_items, name)
+
+
+def neumf(config: NeuMFConfig, num_users: int, num_items: int, name: str = "neumf") -> Method:
+    """Centralised NeuMF; see the module docstring."""
+    backbone = neural_cf(config.dim, layers=config.layers, gmf=True, init_std=config.user_init_std)
+    return _trained_on_the_server(config, backbone, num_users, num_items, name)
+
+
+def everybodys_samples() -> Aggregator:
+    """Keeps the samples of all clients: (item ids [clients, most], positives as -1 - id, and counts [clients])."""
+
+    def add(held, uploads, weights, rows, clients):
+        item, count = held
+        place = jnp.arange(uploads["samples"].shape[1])
+        item = item.at[clients[:, None], place].set(uploads["samples"], mode="drop")
+        return item, count.at[clients].set(uploads["count"], mode="drop")
+
+    return Aggregator(
+        init=lambda upload, num_items, num_clients: (
+            jnp.zeros((num_clients, *upload["samples"].shape), jnp.int32),
+            jnp.zeros(num_clients, jnp.int32),
+        ),
+        add=add,
+        merge=lambda held, axis: jax.tree.map(lambda x: jax.lax.all_gather(x, axis, tiled=True), held),
+        finish=lambda held, weight, count: Aggregate(held, weight, count),
+        weight=equal,
+    )
+
+
+def random_factor(key: PRNGKey, total: UInt32[Array, ""]) -> UInt32[Array, ""]:
+    """A number below `total` (at least 1) that has no divisor in common with it."""
+    safe = jnp.maximum(total, 1)
+    primes = jnp.asarray(PRIMES)
+    pick = jax.random.randint(key, (2,), 0, len(PRIMES))
+    # two different primes of this size cannot both divide a number below 2**31
+    first, second = jnp.where(safe % primes[pick] == 0, primes[(pick + 1) % len(PRIMES)], primes[pick])
+    return (first * second) % safe
+
+
+def multiples(factor: UInt32[Array, ""], count: int, modulus: UInt32[Array, ""]) -> UInt32[Array, "count"]:
+    """factor k mod modulus for k = 0..count-1, by doubling: no product leaves 32 bits."""
+    found, stride = jnp.zeros(1, jnp.uint32), factor
+    while len(found) < count:
+        found = jnp.concatenate([found, (found + stride) % modulus])
+        stride = (stride + stride) % modulus
+    return found[:count]
+
+
+def epoch(
+    key: PRNGKey,
+    params: Params,
+    state: PyTree,
+    samples: Int[Array, "clients most"],
+    count: Int[Array, "clients"],
+    objective,
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+) -> tuple[Params, PyTree]:
+    """Every sample once, in mini-batches: (params, optimiser state).
+
+    Args:
+        samples, count: see everybodys_samples; client k's are the first count[k] of row k.
+        objective: (params, users [batch], batch) -> scalar.
+    """
+    k_factor, k_offset = jax.random.split(key)
+    ends = jnp.cumsum(count)
+    total = ends[-1].astype(jnp.uint32)
+    safe = jnp.maximum(total, 1)
+    factor = random_factor(k_factor, total)
+    steps = multiples(factor, batch_size, safe)
+    stride = (steps[-1] + factor) % safe
+    start = jax.random.bits(k_offset, (), jnp.uint32) % safe
+
+    def step(t, carry):
+        params, state, first = carry
+        index = ((first + steps) % safe).astype(jnp.int32)
+        mask = (t * batch_size + jnp.arange(batch_size) < total).astype(jnp.float32)
+        user = jnp.searchsorted(ends, index, side="right")
+        coded = samples[user, index - (ends - count)[user]]
+        batch = Batch(jnp.where(coded < 0, -1 - coded, coded), (coded < 0) * mask, mask)
+        grads = jax.grad(objective)(params, user, batch)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, (first + stride) % safe
+
+    number = ((total + batch_size - 1) // batch_size).astype(jnp.int32)
+    params, state, _ = jax.lax.fori_loop(0, number, step, (params, state, start))
+    return params, state
+
+
+def batch_objective(backbone: Backbone, l2: float):
+    """L of the module docstring: (params, users [batch], batch) -> scalar."""
+    squares = lambda x: (x**2).sum(tuple(range(1, x.ndim)))
+
+    def objective(params: Params, user: Int[Array, "batch"], batch: Batch) -> Float[Array, ""]:
+        network = {role: value for role, value in params.items() if role not in ("user", "item")}
+        mine, vectors = jax.tree.map(lambda x: x[user], params["user"]), params["item"][batch.item]
+        predict = lambda one, vector: backbone.predict({**network, "user": one}, vector[None])[0]
+        length = sum(map(squares, jax.tree.leaves(mine))) + squares(vectors)
+        return binary_cross_entropy(jax.vmap(predict)(mine, vectors), batch) + l2 * masked_mean(length, batch.mask)
+
+    return objective
+
+
+def _trained_on_the_server(config: Config, backbone: Backbone, num_users: int, num_items: int, name: str) -> Method:
+    optimizer = OPTIMIZERS[config.optimizer](config.lr)
+    objective = batch_objective(backbone, config.l2)
+
+    def as_server(params: Params, state: PyTree) -> Server:
+        mean = jax.tree.map(lambda x: x.mean(0), params["user"])
+        return Server({**params, "user": mean}, {"user": params["user"], "optimizer": state})
+
+    def init_server(key):
+        k_user, k_item, k_network = jax.random.split(key, 3)
+        users = jax.vmap(lambda k: backbone.init(k)["user"])(jax.random.split(k_user, num_users))
+        item = item_table(k_item, num_items, backbone.width, config.init_std)
+        params = {**backbone.init(k_network), "user": users, "item": item}
+        return as_server(params, optimizer.init(params))
+
+    def local_update(key, shared, params, data):
+        batch = batch_at(data, jnp.int32(0))
+        item = data.rows[batch.item]
+        sent = {
+            "samples": jnp.where(batch.label > 0, -1 - item, item),
+            "count": batch.mask.sum().astype(jnp.int32),
+        }
+        return params, sent, {"loss": binary_cross_entropy(backbone.predict(params, params["item"][batch.item]), batch)}
+
+    def server_update(key, server, received):
+        samples, count = received.value
+        params = {**server.shared, "user": server.private["user"]}
+        params, state = epoch(
+            key, params, server.private["optimizer"], samples, count, objective, optimizer, config.batch_size
+        )
+        # users are padded to a multiple of the devices
+        missing = count.shape[0] - num_users
+        mail = jax.tree.map(lambda x: jnp.pad(x, ((0, missing),) + ((0, 0),) * (x.ndim - 1)), params["user"])
+        return as_server(params, state), {"user": mail}
+
+    return Method(
+        name=name,
+        init_server=init_server,
+        init_client=lambda key, shared: {},
+        publish=lambda key, server: server.shared,
+        download=lambda shared, mail, client, data: {**shared, **mail} if mail else shared,
+        local_update=local_update,
+        upload=lambda key, shared, params, update, data: ({}, update),
+        server_update=server_update,
+        score=lambda shared, params, data: backbone.predict(params, params["item"]),
+        aggregator=everybodys_samples(),
+        # the whole epoch in one step: the server makes the mini-batches
+        sampling=dataclasses.replace(config.sampling(), batch_size=0),
+        config=config,
+        init_mail=lambda server: {"user": server.shared["user"]},
+    )
