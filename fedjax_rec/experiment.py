@@ -117,8 +117,8 @@ class RunConfig:
         return mechanisms.Mechanism(self.dp_mechanism, self.dp_clip, self.dp_noise, self.dp_rows)
 
     def recorded(self) -> dict[str, Any]:
-        """As it stands in config.json: a dp setting only where it differs from its default, so that runs without any are
-        recorded as they were before there were such settings."""
+        """As it stands in config.json: a dp setting only where it differs from its default, so that runs without any
+        are recorded as they were before there were such settings."""
         default = {field.name: field.default for field in dataclasses.fields(self) if field.name.startswith("dp_")}
         said = dataclasses.asdict(self)
         return {name: value for name, value in said.items() if name not in default or value != default[name]}

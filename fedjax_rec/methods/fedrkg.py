@@ -137,8 +137,8 @@ class Config(LocalConfig):
             one_of("optimizer", self.optimizer, ("sgd",))
             if not (self.clip_norm or self.preset == "released"):
                 raise ValueError(
-                    f"step_noise={self.step_noise:g}: expected clip_norm > 0, the bound on the gradients that the noise is "
-                    "to hide; set clip_norm"
+                    f"step_noise={self.step_noise:g}: expected clip_norm > 0, the bound on gradients that the noise is to "
+                    "hide; set clip_norm"
                 )
 
 
@@ -163,12 +163,16 @@ def is_guidance_round(config: Config, round_: int) -> bool:
     return (round_ + 1) % config.interval == 0
 
 
+def item_rate(config: Config, num_users: int, num_items: int) -> float:
+    """Rate of the table."""
+    return config.lr * num_items * RELEASED_ITEM_RATE if config.preset == "released" else config.item_lr(num_users)
+
+
 def fedrkg(config: Config, num_users: int, num_items: int, name: str = "fedrkg") -> Method:
     """FedRKG; see the module docstring."""
-    item_lr = config.item_lr(num_users)
+    item_lr = item_rate(config, num_users, num_items)
     if config.preset == "released":
         config = dataclasses.replace(config, clip_norm=RELEASED_CLIP, delay=True, client_init="shared", init_std=1.0)
-        item_lr = config.lr * num_items * RELEASED_ITEM_RATE
     backbone = _backbone(config)
     sends_network = config.backbone == "fedncf" and config.scorer == "shared" and config.guidance != "local_only"
     averaged = ("network",) if sends_network else ()
@@ -238,9 +242,8 @@ def fedrkg(config: Config, num_users: int, num_items: int, name: str = "fedrkg")
         if config.clip_norm:
             # the released code's norm runs over the frozen parameters too
             moving = {**dict.fromkeys(rates, 0.0), **moving}
-        trained, value = local_sgd(
-            gate_loss, moving, clip_norm=config.clip_norm or None, noise=noise_of("gate", key)
-        )(model, data)
+        train = local_sgd(gate_loss, moving, clip_norm=config.clip_norm or None, noise=noise_of("gate", key))
+        trained, value = train(model, data)
         gate = trained["gate"]
         after = {**client, "gate": gate, "own_item": guided(own, table, config.beta, gate)}
         return after, {"gate_loss": value, "gate": gate_values(gate, own, table).mean()}
