@@ -137,8 +137,8 @@ class Config(LocalConfig):
             one_of("optimizer", self.optimizer, ("sgd",))
             if not (self.clip_norm or self.preset == "released"):
                 raise ValueError(
-                    f"step_noise={self.step_noise:g}: expected clip_norm > 0, the bound on gradients that the noise is to "
-                    "hide; set clip_norm"
+                    f"step_noise={self.step_noise:g}: expected clip_norm > 0, the bound on gradients that the noise "
+                    "is to hide; set clip_norm"
                 )
 
 

@@ -230,7 +230,8 @@ def describe(said: dict[str, Any]) -> list[str]:
         span = " to ".join(f"{value:.4g}" for value in sorted(set(one["sensitivity"])))
         lines.append(
             f"  {name}: {one['kind']} noise {one['noise']:g}, {one['releases']} releases of sensitivity {span or '-'}; "
-            f"epsilon of the values {show(values['server'])} for the server, {show(values['sums'])} for who sees sums alone"
+            f"epsilon of the values {show(values['server'])} for the server, "
+            f"{show(values['sums'])} for who sees sums alone"
         )
         lines += [f"  NOT COVERED: {what}" for what in one["unprotected"]]
     return lines
