@@ -11,8 +11,9 @@ A client sends `count` releases over a run. Two data sets that it might have cha
 Steps are not amplified by mini-batches, as all data of a client may change. Two observers:
 
     server    sees who sends what: every release has its own client's noise (local differential privacy)
-    sums      sees nothing but sums over the cohort (gaussian only): n clients' noise, and a cohort of n out of N drawn
-              without replacement amplifies. Holds as long as the others do add theirs
+    sums      sees nothing but sums over the cohort: n clients' noise, and a cohort of n out of N drawn without
+              replacement amplifies. Holds as long as the others do add theirs. Gaussian noise on uploads only: a
+              client's next step depends on its own noise of the last one, which no sum shows
 
 What leaves a client beside the noised values is listed as `unprotected`, and then no epsilon holds as a whole:
 `epsilon` is infinite, and those of the values alone stay beside it.
@@ -43,15 +44,17 @@ ORDERS = (*(1 + np.geomspace(0.0101, 0.99, 25)), *range(2, 64), 80, 128, 256, 51
 
 
 class Release(NamedTuple):
-    """`count` times noise of scale `noise` (gaussian: standard deviation) on a value of this sensitivity, by a cohort
-    of `sampled` out of `population` clients."""
+    """A client's releases: `count` times noise of scale `noise` (gaussian: standard deviation) on a value of this
+    sensitivity. Sums are those of `sampled` out of `population` clients, `rounds` times (0: as `count`); sampled=0 for
+    what is not summed."""
 
     kind: str
     noise: float
     sensitivity: float
     count: int
-    sampled: int = 1
-    population: int = 1
+    sampled: int = 0
+    population: int = 0
+    rounds: int = 0
 
 
 class Plan(NamedTuple):
@@ -103,7 +106,7 @@ def epsilon(releases: tuple[Release, ...], delta: float, observer: str = "server
         return 0.0
     if any(r.count and not (r.noise > 0 and math.isfinite(r.sensitivity)) for r in releases):
         return math.inf
-    if observer == "sums" and any(r.kind != "gaussian" for r in releases):
+    if observer == "sums" and any(r.kind != "gaussian" or not r.sampled for r in releases):
         return math.inf
     dp = library()
     held = dp.rdp.RdpAccountant(ORDERS, dp.NeighboringRelation.REPLACE_ONE)
@@ -117,7 +120,7 @@ def epsilon(releases: tuple[Release, ...], delta: float, observer: str = "server
             event = dp.GaussianDpEvent(multiplier * math.sqrt(r.sampled))
             if r.sampled < r.population:
                 event = dp.SampledWithoutReplacementDpEvent(r.population, r.sampled, event)
-        held.compose(event, r.count)
+        held.compose(event, r.rounds or r.count if observer == "sums" else r.count)
     worked_out = float(held.get_epsilon(delta))
     if all(r.kind == "laplace" for r in releases):  # pure, without any delta
         return min(worked_out, sum(r.count * r.sensitivity / r.noise for r in releases))
@@ -138,17 +141,19 @@ def plans(ready: Experiment, rounds: int) -> dict[str, Plan]:
     """The mechanisms of a run of so many rounds, by name; {} for a run without any."""
     config, method, users = ready.config, ready.method, ready.split.num_users
     own, found = method.config, {}
+    mechanism, noise = config.mechanism, getattr(method.config, "step_noise", 0.0)
+    if not (mechanism or noise):
+        return found
     taken = [ready.cohort_users(number) for number in range(rounds)]
     cohort = users if not taken or taken[0] is None else len(taken[0])
     count = rounds if cohort == users else int(np.bincount(np.concatenate(taken), minlength=users).max())
     guided = sum(method.exchange.due(number) for number in range(rounds)) if method.exchange else 0
     sends = ready.engine.bytes_per_client()["up_rows"] > 0
-    mechanism = config.mechanism
     if mechanism:
         releases, unprotected = [], []
         bound = 2.0 * mechanism.clip or math.inf
         if sends:
-            releases.append(Release(mechanism.kind, mechanism.noise, bound, count, cohort, users))
+            releases.append(Release(mechanism.kind, mechanism.noise, bound, count, cohort, users, rounds))
             if method.aggregator.weight is not aggregate.equal:
                 unprotected.append("the clients' numbers of samples (their weights)")
             if mechanism.rows == "touched":
@@ -159,13 +164,12 @@ def plans(ready: Experiment, rounds: int) -> dict[str, Plan]:
             if not mechanism.clip and math.isfinite(bounds[0]) and own.guidance == "ag":
                 unprotected.append("what the gate has learned, which guidance works into the table")
         found["upload"] = Plan(tuple(releases), tuple(unprotected))
-    noise = getattr(own, "step_noise", 0.0)
     if noise:
         steps = count * most_steps(ready.engine, method.sampling)
         if own.guidance == "ag":
             steps += guided * most_steps(ready.engine, method.exchange.sampling)
         told = ("the network that is averaged in every round",) if sends and not found else ()
-        release = Release("gaussian", noise, 2.0 * own.clip_norm, steps, cohort, users)
+        release = Release("gaussian", noise, 2.0 * own.clip_norm, steps)
         found["step"] = Plan((release,), told)
     return found
 
@@ -216,7 +220,7 @@ def check(ready: Experiment) -> None:
     Raises:
         UsageError: see library.
     """
-    releases = [r for plan in plans(ready, 1).values() for r in plan.releases]
+    releases = [r for plan in plans(ready, ready.config.rounds).values() for r in plan.releases]
     if any(r.noise > 0 and math.isfinite(r.sensitivity) for r in releases):
         library()
 
