@@ -438,7 +438,7 @@ def test_auc_counts_ties_as_half():
 
 
 def test_probes_find_the_history_in_plain_uploads_and_not_under_noise():
-    plain = built("fedmf", negatives=4)
+    plain = built("fedmf", negatives=4, batch_size=0)  # one step: all rows move along the user's vector
     history = np.zeros((USERS, ITEMS), bool)
     history[split().train.user, split().train.item] = True
     users = np.flatnonzero(history.any(1))

@@ -210,13 +210,12 @@ def auc(scores: Float[Array, "n"], positive: Bool[Array, "n"]) -> Float[Array, "
 def on_main_axis(upload: Float[Array, "items width"]) -> Float[Array, "items"]:
     """Each item's place on the line along which the upload's rows lie, towards the less numerous side.
 
-    Sides are counted among the rows that stand out, as under noise all rows are somewhere.
+    Rows count for their side by x / (|x| + rms), so that untouched rows and noise about zero count for neither.
     """
     _, axes = jnp.linalg.eigh(upload.T @ upload)
     place = upload @ axes[:, -1]
-    size = jnp.linalg.norm(upload, axis=1)
-    stands_out = size > 2 * jnp.median(size)
-    more = (stands_out & (place > 0)).sum() > (stands_out & (place < 0)).sum()
+    rms = jnp.sqrt((place**2).mean())
+    more = (place / jnp.maximum(jnp.abs(place) + rms, 1e-30)).sum() > 0
     return jnp.where(more, -place, place)
 
 
