@@ -165,7 +165,7 @@ def _with_noise(ready):
 
 def laplace() -> str:
     """MDiffFR's Table 5."""
-    rows, x, y = [], [], []
+    rows, x, y, rankers = [], [], [], {}
     for intensity in FLAGS.intensity:
         noise = {"dp_mechanism": "laplace", "dp_noise": float(intensity)} if float(intensity) else {}
         chosen = config("mdifffr", split="cold_items", settings=assigned(FLAGS.cold), **noise)
