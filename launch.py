@@ -45,6 +45,11 @@ flags.DEFINE_integer("checkpoint_every", 100, "Rounds between checkpoints; 0 for
 flags.DEFINE_integer("block_size", 0, "Clients per block; 0 chooses.")
 flags.DEFINE_integer("max_buckets", 4, "Padded history widths at most; more run faster and compile longer.")
 flags.DEFINE_integer("devices", 0, "Devices to spread the clients over; 0 for all.")
+flags.DEFINE_string("dp_mechanism", "none", "Noise on what clients send: none, gaussian or laplace.")
+flags.DEFINE_float("dp_clip", 0.0, "Bound on the norm of an upload (gaussian: L2, laplace: L1); 0 does not clip.")
+flags.DEFINE_float("dp_noise", 0.0, "Standard deviation (gaussian) or scale (laplace) of the noise on every entry.")
+flags.DEFINE_string("dp_rows", "all", "Rows of item tables that get noise: all, or touched (no epsilon holds then).")
+flags.DEFINE_float("dp_delta", 1e-5, "The delta of the epsilon that is reported.")
 flags.DEFINE_integer("cpu_devices", 0, "On the CPU, virtual devices to make: 0 for one per core.")
 flags.DEFINE_integer("benchmark_rounds", 20, "Timed rounds of --mode=benchmark.")
 flags.DEFINE_bool("progress", True, "Show a progress bar.")
@@ -110,7 +115,8 @@ def config_from_flags():
             for name in (
                 "dataset", "data_dir", "split", "split_seed", "ties", "filmtrust_time", "protocol", "ranking", "rounds",
                 "seed", "clients_per_round", "eval_every", "eval_clients", "select_metric", "patience",
-                "checkpoint_every", "block_size", "max_buckets", "devices",
+                "checkpoint_every", "block_size", "max_buckets", "devices", "dp_mechanism", "dp_clip", "dp_noise",
+                "dp_rows", "dp_delta",
             )
         },
     )  # fmt: skip

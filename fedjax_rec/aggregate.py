@@ -68,6 +68,7 @@ def weighted_mean(weight: Callable[[LocalData], Float[Array, ""]] = equal) -> Ag
         merge=lambda totals, axis: jax.lax.psum(totals, axis),
         finish=finish,
         weight=weight,
+        is_mean=True,
     )
 
 

@@ -20,6 +20,7 @@ from fedjax_rec.evaluate import Evaluator, make_evaluator
 from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.method import Method
 from fedjax_rec.methods import METHODS, assemble, make_config
+from fedjax_rec.privacy import mechanisms
 from fedjax_rec.protocols import Protocol, describe, protocol
 from fedjax_rec.rounds import Cohort, Engine, make_engine
 from fedjax_rec.system import available_bytes, device_name, spare_maps
@@ -49,6 +50,9 @@ class RunConfig:
         checkpoint_every: rounds between checkpoints, 0 for only at the end and when stopped.
         block_size, max_buckets, devices: how the engine lays out clients; part of the run's identity because they
             order its sums. devices=0 takes all there are.
+        dp_mechanism: `none`, or what clients do to their uploads: `gaussian` or `laplace` noise.
+        dp_clip, dp_noise, dp_rows: see privacy/mechanisms.Mechanism.
+        dp_delta: of the (epsilon, delta) that is reported.
     """
 
     method: str = "fedmf"
@@ -74,6 +78,11 @@ class RunConfig:
     block_size: int = 0
     max_buckets: int = clients_module.MAX_BUCKETS
     devices: int = 0
+    dp_mechanism: str = "none"
+    dp_clip: float = 0.0
+    dp_noise: float = 0.0
+    dp_rows: str = "all"
+    dp_delta: float = 1e-5
 
     def __post_init__(self):
         one_of("method", self.method, METHODS)
@@ -89,8 +98,30 @@ class RunConfig:
         for part in self.select_metric.split("+"):
             one_of("select_metric", part, metrics.per_client(np.ones((1, 1)), tuple(self.ks)))
         between("seed", self.seed, 0, 2**31 - 1)
+        one_of("dp_mechanism", self.dp_mechanism, ("none", *mechanisms.DRAW))
+        positive("dp_delta", self.dp_delta)
+        between("dp_delta", self.dp_delta, 0.0, 1.0)
+        if self.mechanism is None and (self.dp_clip or self.dp_noise or self.dp_rows != "all"):
+            raise ValueError(
+                f"dp_clip={self.dp_clip:g}, dp_noise={self.dp_noise:g}, dp_rows={self.dp_rows}: they do nothing with "
+                "dp_mechanism=none; set dp_mechanism to gaussian or laplace"
+            )
         if self.clients_per_round > 1 and self.clients_per_round != int(self.clients_per_round):
             raise ValueError(f"clients_per_round={self.clients_per_round}: expected a share <= 1 or a whole number")
+
+    @property
+    def mechanism(self) -> mechanisms.Mechanism | None:
+        """What clients do to their uploads, if anything."""
+        if self.dp_mechanism == "none":
+            return None
+        return mechanisms.Mechanism(self.dp_mechanism, self.dp_clip, self.dp_noise, self.dp_rows)
+
+    def recorded(self) -> dict[str, Any]:
+        """As it stands in config.json: a dp setting only where it differs from its default, so that runs without any
+        are recorded as they were before there were such settings."""
+        default = {field.name: field.default for field in dataclasses.fields(self) if field.name.startswith("dp_")}
+        said = dataclasses.asdict(self)
+        return {name: value for name, value in said.items() if name not in default or value != default[name]}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -166,6 +197,8 @@ def prepare(config: RunConfig, data: tuple | None = None) -> Experiment:
     warm = None if split.candidates is None else np.asarray(split.candidates["train"], bool)
     catalogue = Catalogue({name: feature.values for name, feature in features.items()}, warm)
     method = assemble(config.method, settings, split.num_users, split.num_items, catalogue)
+    if config.mechanism:
+        method = mechanisms.private(method, config.mechanism, split.num_users)
     devices = config.devices or len(jax.devices())
     if devices > len(jax.devices()):
         raise UsageError(f"--devices={devices}: only {len(jax.devices())} are there; give at most that, or 0 for all")
@@ -214,7 +247,7 @@ def _fitting_setting(engine: Engine, need: dict[str, int], have: int) -> str:
 def identity(ready: Experiment) -> dict[str, Any]:
     """Everything a workdir's results depend on: the configuration with every default and layout resolved."""
     return {
-        **dataclasses.asdict(ready.config),
+        **ready.config.recorded(),
         "settings": dataclasses.asdict(ready.method.config),
         "devices": ready.engine.mesh.size,
         "block_sizes": list(ready.engine.block),
@@ -237,5 +270,6 @@ def introduction(ready: Experiment) -> str:
             f"bytes          down {sent['down']:,} up {sent['up']:,} per client and round (full tables){dense}",
             f"memory         about {need / 2**20:,.0f} MiB on {ready.engine.mesh.size} x {device_name()}",
             describe(ready.protocol),
+            *(["privacy        " + mechanisms.describe(mechanism)] if (mechanism := ready.config.mechanism) else []),
         ]
     )

@@ -116,6 +116,8 @@ class Aggregator(NamedTuple):
     over_mail: uploads are written into the places of their senders' mail (see Method.init_mail), which they equal in
         shape: the accumulator is (mail, weights [clients]), stays spread over the devices, and `init` and `merge` are
         not called. The server then answers in place: clients x upload is held once, not twice.
+    is_mean: `finish` gives the sum of w_k upload_k over the sum of w_k and nothing else, so that noise on uploads may
+        be drawn for all of them at once (privacy/mechanisms.py).
     """
 
     init: Callable[..., PyTree]
@@ -124,6 +126,7 @@ class Aggregator(NamedTuple):
     finish: Callable[..., Aggregate]
     weight: Callable[[LocalData], Float[Array, ""]]
     over_mail: bool = False
+    is_mean: bool = False
 
 
 class Exchange(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedjax_rec import metrics
+from fedjax_rec.privacy import accounting
 
 PARTS = ("test", "test_seen", "test_unseen")
 
@@ -33,7 +34,8 @@ def table(summary: Mapping[str, Any]) -> str:
         f"{test['clients']} clients, seed {summary['seed']}"
     )
     leaks = [f"LEAK: {leak}" for leak in summary["leaks"]]
-    return "\n".join(["", title, lines[0], "-" * len(lines[0]), *lines[1:], extra, *leaks])
+    privacy = accounting.describe(summary["privacy"]) if "privacy" in summary else []
+    return "\n".join(["", title, lines[0], "-" * len(lines[0]), *lines[1:], extra, *leaks, *privacy])
 
 
 def _row(name: str, said: Mapping[str, Any], chosen: list[str]) -> list[str]:

@@ -13,6 +13,7 @@ from fedjax_rec.data.clients import padded_rows, row_offsets
 from fedjax_rec.data.splits import Split
 from fedjax_rec.evaluate import TOP, Ranks
 from fedjax_rec.experiment import Experiment
+from fedjax_rec.privacy import accounting
 from fedjax_rec.system import device_name, peak_memory_bytes, versions
 
 
@@ -127,6 +128,7 @@ def summarise(
     evaluated = [line["seconds"]["evaluate"] for line in lines if "evaluate" in line["seconds"]]
     median = lambda values: float(np.median(values)) if values else None
     said = results_of(ready, best.ranks) if best is not None else {}
+    privacy = accounting.report(ready, done)
     return {
         "method": config.method,
         "backbone": getattr(ready.method.config, "backbone", None),
@@ -152,6 +154,7 @@ def summarise(
         "select_metric": config.select_metric,
         **said,
         "reference_rankers": rankers,
+        **({"privacy": privacy} if privacy else {}),
         "seconds": {
             "compile": timing["compile"],
             "train_round_median": median(trained),

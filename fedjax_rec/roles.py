@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from fedjax_rec.method import Batch, LocalData, batch_at
-from fedjax_rec.types import ITEM_ROLES, Params, PyTree
+from fedjax_rec.types import ITEM_ROLES, Params, PRNGKey, PyTree
 
 Loss = Callable[[Params, Params, Batch], Float[Array, ""]]
 """(parameters without an item axis, item vectors of the batch keyed by role [batch, dim], batch) -> scalar."""
@@ -153,6 +153,7 @@ def local_sgd(
     *,
     optimizer: str = "sgd",
     clip_norm: float | None = None,
+    noise: Mapping[str, optax.GradientTransformation] | None = None,
 ) -> Callable[[Params, LocalData], tuple[Params, Float[Array, ""]]]:
     """Local training: (params, data) -> (params, mean loss).
 
@@ -161,6 +162,7 @@ def local_sgd(
         rates: learning rate of each role that trains.
         optimizer: a name in OPTIMIZERS, made anew every round.
         clip_norm: clips the global norm of each step's gradient (all roles that train together), if given.
+        noise: by role, what is done to the clipped gradients (see gradient_noise).
     """
     if optimizer == "sgd" and clip_norm is None:
         step = sgd_step(loss, rates)
@@ -169,7 +171,10 @@ def local_sgd(
     transform = by_role({role: OPTIMIZERS[optimizer](rate) for role, rate in rates.items()})
     if clip_norm is not None:
         only_moving = by_role({role: optax.identity() for role in rates})
-        transform = optax.chain(only_moving, optax.clip_by_global_norm(clip_norm), transform)
+        steps = [only_moving, optax.clip_by_global_norm(clip_norm)]
+        if noise:
+            steps.append(by_role({**{role: optax.identity() for role in rates}, **noise}))
+        transform = optax.chain(*steps, transform)
     init, step = optax_step(on_tables(loss), transform)
 
     def train(params, data):
@@ -177,6 +182,18 @@ def local_sgd(
         return params, value
 
     return train
+
+
+def gradient_noise(key: PRNGKey, std: float) -> optax.GradientTransformation:
+    """Adds normal noise of standard deviation `std` to every entry of the gradients, drawn anew at each step."""
+
+    def update(updates, step, params=None):
+        leaves, structure = jax.tree.flatten(updates)
+        keys = jax.random.split(jax.random.fold_in(key, step), len(leaves))
+        noisy = [x + std * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+        return jax.tree.unflatten(structure, noisy), step + 1
+
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
 
 
 def by_role(transforms: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformation:

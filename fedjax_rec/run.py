@@ -27,6 +27,7 @@ from fedjax_rec.experiment import (
     load_data,
     prepare,
 )
+from fedjax_rec.privacy import accounting
 from fedjax_rec.protocols import Protocol
 from fedjax_rec.results import Best, per_client_table, reference_results, results_of, summarise
 from fedjax_rec.rounds import State
@@ -109,6 +110,7 @@ def train_state(
     started = time.perf_counter()
     ready = prepare(config, data)
     check_memory(ready.engine)
+    accounting.check(ready)
     folder = None if workdir is None else Path(workdir)
     if folder is not None:
         claim(folder, identity(ready))

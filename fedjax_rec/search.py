@@ -97,7 +97,7 @@ def search(
     order = np.random.default_rng(config.seed).permutation(len(points))[: trials or None]
     folder = Path(workdir)
     devices = config.devices or len(jax.devices())
-    claim(folder, {**dataclasses.asdict(config), "devices": devices, "grid": dict(grid)})
+    claim(folder, {**config.recorded(), "devices": devices, "grid": dict(grid)})
     data = data or run.load_data(config)
     path = folder / "trials.jsonl"
     lines = read_lines(path)

@@ -30,6 +30,15 @@ lr x items x 80, shared normal(0, 1) start, the linear score function with a bia
 one round late: the mean of round t is applied at the start of round t + 1 (counted from 0), with that round's samples.
 Its rate decay (0.99 a round on Amazon-Video) is `rate_decay`. Not reproduced: it stops the gate's epochs early where
 the loss changes by less than 1e-4.
+
+Local differential privacy (section 5.2) mixes two mechanisms, which are apart here:
+
+    step     `step_noise`: grad <- clip(grad, clip_norm) + N(0, step_noise^2), at every local step, on every row of the
+             table, and on the gate at each of its steps. Whatever is released later is covered
+    upload   `--dp_mechanism=gaussian --dp_noise=s`: N(0, s^2) once on the table that a guidance round releases. The
+             clipped steps bound what it can tell: |P_u - P_u'| <= 2 eta T_int E C (Eqs. 10-14)
+
+What either is worth: privacy/accounting.py. The released code has neither.
 """
 
 from __future__ import annotations
@@ -49,10 +58,10 @@ from fedjax_rec.backbones.ncf import neural_cf
 from fedjax_rec.method import Exchange, Method, Server
 from fedjax_rec.roles import (
     Loss,
-    Step,
     binary_cross_entropy,
     by_role,
     difference,
+    gradient_noise,
     local_sgd,
     masked_mean,
     on_tables,
@@ -81,6 +90,8 @@ class Config(LocalConfig):
     gate_lr, gate_epochs: the gate's rate, and its passes over the client's samples in a guidance round.
     delay: guidance at the start of the round after, as in the released code.
     clip_norm: clips each step's gradient over all parameters; 0 does not.
+    step_noise: standard deviation of the noise on the clipped gradients of the table and the gate; 0 for none. Clients
+        then work on the whole table.
     rate_decay: factor on all rates but the gate's per round.
     scorer: fedncf's network is `local`, or `shared` and averaged every round.
     preset: `paper` or `released` (which sets clip_norm, delay, client_init, init_std and the item rate).
@@ -96,6 +107,7 @@ class Config(LocalConfig):
     gate_epochs: int = 5
     delay: bool = False
     clip_norm: float = 0.0
+    step_noise: float = 0.0
     rate_decay: float = 1.0
     scorer: str = "local"
     preset: str = "paper"
@@ -117,10 +129,17 @@ class Config(LocalConfig):
         for name in ("interval", "gate_epochs", "network_lr_scale"):
             positive(name, getattr(self, name))
         positive("layers", len(self.layers))
-        for name in ("gate_lr", "clip_norm", "user_init_std"):
+        for name in ("gate_lr", "clip_norm", "step_noise", "user_init_std"):
             positive(name, getattr(self, name), zero_allowed=True)
         if self.backbone == "pfedrec":
             one_of("optimizer", self.optimizer, ("sgd",))
+        if self.step_noise:
+            one_of("optimizer", self.optimizer, ("sgd",))
+            if not (self.clip_norm or self.preset == "released"):
+                raise ValueError(
+                    f"step_noise={self.step_noise:g}: expected clip_norm > 0, the bound on gradients that the noise "
+                    "is to hide; set clip_norm"
+                )
 
 
 def gate_values(gate: Params, own: Float[Array, "rows dim"], guide: Float[Array, "rows dim"]) -> Float[Array, "rows"]:
@@ -144,12 +163,16 @@ def is_guidance_round(config: Config, round_: int) -> bool:
     return (round_ + 1) % config.interval == 0
 
 
+def item_rate(config: Config, num_users: int, num_items: int) -> float:
+    """Rate of the table."""
+    return config.lr * num_items * RELEASED_ITEM_RATE if config.preset == "released" else config.item_lr(num_users)
+
+
 def fedrkg(config: Config, num_users: int, num_items: int, name: str = "fedrkg") -> Method:
     """FedRKG; see the module docstring."""
-    item_lr = config.item_lr(num_users)
+    item_lr = item_rate(config, num_users, num_items)
     if config.preset == "released":
         config = dataclasses.replace(config, clip_norm=RELEASED_CLIP, delay=True, client_init="shared", init_std=1.0)
-        item_lr = config.lr * num_items * RELEASED_ITEM_RATE
     backbone = _backbone(config)
     sends_network = config.backbone == "fedncf" and config.scorer == "shared" and config.guidance != "local_only"
     averaged = ("network",) if sends_network else ()
@@ -178,14 +201,17 @@ def fedrkg(config: Config, num_users: int, num_items: int, name: str = "fedrkg")
     def loss(params, vectors, batch):
         return binary_cross_entropy(backbone.predict(params, vectors["own_item"]), batch)
 
+    def noise_of(role, key):
+        return {role: gradient_noise(key, config.step_noise)} if config.step_noise else {}
+
     def local_update(key, shared, params, data):
         now = {role: rate * config.rate_decay**data.round for role, rate in rates.items()}
+        noise = noise_of("own_item", key)
         if config.backbone == "pfedrec":
-            tune_head, tune_items = (_step(loss, {role: now[role]}, config.clip_norm) for role in ("head", "own_item"))
-            after, value = run_steps(lambda p, batch: tune_items(tune_head(p, batch)[0], batch), params, data)
+            train = _head_then_items(loss, now, config.clip_norm, noise)
         else:
-            clip = config.clip_norm or None
-            after, value = local_sgd(loss, now, optimizer=config.optimizer, clip_norm=clip)(params, data)
+            train = local_sgd(loss, now, optimizer=config.optimizer, clip_norm=config.clip_norm or None, noise=noise)
+        after, value = train(params, data)
         return after, difference(after, params, averaged), {"loss": value}
 
     def stepped(server: Server, change: Params) -> Server:
@@ -216,7 +242,8 @@ def fedrkg(config: Config, num_users: int, num_items: int, name: str = "fedrkg")
         if config.clip_norm:
             # the released code's norm runs over the frozen parameters too
             moving = {**dict.fromkeys(rates, 0.0), **moving}
-        trained, value = local_sgd(gate_loss, moving, clip_norm=config.clip_norm or None)(model, data)
+        train = local_sgd(gate_loss, moving, clip_norm=config.clip_norm or None, noise=noise_of("gate", key))
+        trained, value = train(model, data)
         gate = trained["gate"]
         after = {**client, "gate": gate, "own_item": guided(own, table, config.beta, gate)}
         return after, {"gate_loss": value, "gate": gate_values(gate, own, table).mean()}
@@ -254,6 +281,7 @@ def fedrkg(config: Config, num_users: int, num_items: int, name: str = "fedrkg")
         aggregator=aggregate.weighted_mean(weight),
         sampling=config.sampling(),
         evaluate_at=config.evaluate_at,
+        rows="all" if config.step_noise else "touched",
         client_init=config.client_init,
         config=config,
         explain=explain,
@@ -270,15 +298,33 @@ def _backbone(config: Config) -> Backbone:
     return matrix_factorisation(config.dim, bias=config.user_bias, init_std=config.user_init_std)
 
 
-def _step(loss: Loss, rates, clip_norm: float) -> Step:
-    """One SGD step, its gradient clipped where clip_norm is not 0."""
-    if not clip_norm:
-        return sgd_step(loss, rates)
-    moving = {role: optax.chain(optax.clip_by_global_norm(clip_norm), optax.sgd(rate)) for role, rate in rates.items()}
-    init, step = optax_step(on_tables(loss), by_role(moving))
+def _head_then_items(loss: Loss, rates, clip_norm: float, noise):
+    """Local training of PFedRec's client: each batch moves the head, then the items."""
+    parts = [_one_role(loss, role, rates[role], clip_norm, noise.get(role)) for role in ("head", "own_item")]
+    (init_head, tune_head), (init_items, tune_items) = parts
 
-    def stateless(params, batch):
-        (params, _), value = step((params, init(params)), batch)
+    def step(carry, batch):
+        params, of_head, of_items = carry
+        (params, of_head), _ = tune_head((params, of_head), batch)
+        (params, of_items), value = tune_items((params, of_items), batch)
+        return (params, of_head, of_items), value
+
+    def train(params, data):
+        (params, *_), value = run_steps(step, (params, init_head(params), init_items(params)), data)
         return params, value
 
-    return stateless
+    return train
+
+
+def _one_role(loss: Loss, role: str, rate, clip_norm: float, noise):
+    """(init, step) of SGD on one role, its gradient clipped (and then noised) where clip_norm is not 0."""
+    if clip_norm:
+        parts = [optax.clip_by_global_norm(clip_norm), *([noise] if noise else []), optax.sgd(rate)]
+        return optax_step(on_tables(loss), by_role({role: optax.chain(*parts)}))
+    plain = sgd_step(loss, {role: rate})
+
+    def step(carry, batch):
+        params, value = plain(carry[0], batch)
+        return (params, ()), value
+
+    return lambda params: (), step
