@@ -156,7 +156,8 @@ def test_buckets_and_devices_change_nothing():
 @pytest.mark.parametrize(("name", "epochs"), [("mf", 12), ("neumf", 12)])
 def test_it_beats_popularity_where_tastes_are_planted(name, epochs):
     split = splits.leave_one_out(synthetic.make(200, 100).interactions)
-    engine = rounds.make_engine(methods.build(name, split.num_users, split.num_items), clients.build(split))
+    method = methods.build(name, split.num_users, split.num_items, lr=0.005)
+    engine = rounds.make_engine(method, clients.build(split))
     state, losses = engine.init(KEY), []
     for t in range(epochs):
         state, info = engine.round(KEY, state, t)
