@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+QUICKLY = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # less compiler work in the processes, too
 
 FLAGFILES = """
 import pathlib, sys
@@ -47,24 +49,24 @@ def test_a_new_method_is_short_and_runs_from_the_command_line(tmp_path):
     assert 20 < len(code) < 40 and "METHODS[" in code[-1]
     command = [sys.executable, str(path), "--rounds=60", "--set=bias_lr_scale=0.5", f"--workdir={tmp_path}"]
     command += ["--noplots", "--noprogress", "--cpu_devices=1", "--eval_every=20"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=QUICKLY)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["method"] == "biased_mf" and summary["settings"]["bias_lr_scale"] == 0.5
     assert summary["test"]["HR@10"] > 2 * summary["reference_rankers"]["popularity"]["test"]["HR@10"]
-    refused = subprocess.run([*command, "--set=bias_lr=1"], cwd=tmp_path, capture_output=True, text=True)
+    refused = subprocess.run([*command, "--set=bias_lr=1"], cwd=tmp_path, capture_output=True, text=True, env=QUICKLY)
     assert refused.returncode == 2 and "did you mean bias_lr_scale?" in refused.stderr
 
 
 @pytest.mark.parametrize("code, lines", [(FLAGFILES, 2), (SETTINGS, 27)], ids=["flagfiles", "drawn settings"])
 def test_they_are_valid_configurations(code, lines):
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=QUICKLY)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= lines
 
 
 def call(*command) -> str:
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=QUICKLY)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

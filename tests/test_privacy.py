@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -443,17 +444,17 @@ def test_probes_find_the_history_in_plain_uploads_and_not_under_noise():
     history[split().train.user, split().train.item] = True
     users = np.flatnonzero(history.any(1))
     found = {}
-    for noise in (0.0, 0.1):
-        engine = engine_of(private(plain, Mechanism(clip=0.01, noise=noise), USERS, per_client=True))
+    for noise in (0.0, 0.01):
+        engine = engine_of(private(plain, Mechanism(clip=0.001, noise=noise), USERS, per_client=True))
         sent = attacks.uploads(engine, KEY, engine.init(KEY), 0, users)
         assert sent.shape == (len(users), ITEMS, 4)
         if not noise:
-            np.testing.assert_allclose(np.linalg.norm(sent.reshape(len(users), -1), axis=1), 0.01, rtol=1e-4)
+            np.testing.assert_allclose(np.linalg.norm(sent.reshape(len(users), -1), axis=1), 0.001, rtol=1e-4)
         found[noise] = {n: float(v) for n, v in attacks.probes(jnp.asarray(sent), jnp.asarray(history[users])).items()}
     assert found[0.0]["reconstruction"] > 0.95 and found[0.0]["membership"] > 0.95 and found[0.0]["found"] > 0.8
     assert found[0.0]["reconstruction"] > found[0.0]["popularity"] + 0.1
     # means over 23 users of AUCs whose standard error is about 0.11
-    assert all(0.35 < found[0.1][name] < 0.65 for name in ("reconstruction", "membership", "norm"))
+    assert all(0.35 < found[0.01][name] < 0.65 for name in ("reconstruction", "membership", "norm"))
 
 
 def test_the_script_writes_its_tables_and_plots(tmp_path):
@@ -461,16 +462,17 @@ def test_the_script_writes_its_tables_and_plots(tmp_path):
     root = Path(__file__).resolve().parents[1]
     command = [
         sys.executable, "experiments/privacy.py", f"--out={tmp_path}", "--rounds=2", "--eval_every=2", "--k=10",
-        "--noise=0.01", "--intensity=0,10", "--makers=mdifffr:paper,ipfedrec", "--upload_noise=0,1", "--draws=3",
-        "--attack_steps=50", "--probed=30", "--cold=dim=8", "--cold=condition_dim=8", "--set=dim=4", "--set=interval=1",
+        "--noise=0.01", "--intensity=10", "--makers=ipfedrec", "--upload_noise=1", "--draws=3", "--attack_steps=50",
+        "--probed=30", "--cold=condition_dim=8", "--set=dim=4", "--set=interval=1",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    quickly = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=quickly)
     assert done.returncode == 0, done.stderr
     written = (tmp_path / "privacy.md").read_text()
     assert written in done.stdout
     rows = {tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in written.splitlines() if "|" in line}
     firsts = {row[0] for row in rows}
-    assert {"step", "upload", "none (clipped)", "10", "mdifffr:paper", "ipfedrec", "1000"} <= firsts
+    assert {"step", "upload", "none (clipped)", "10", "ipfedrec", "1000"} <= firsts
     (made,) = {row[-1] for row in rows if row[0] == "ipfedrec"}
     assert float(made) == 0.0  # a map of features has no noise
     assert {path.name for path in tmp_path.glob("*.png")} == {"utility.png", "laplace.png"}
