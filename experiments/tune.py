@@ -130,6 +130,25 @@ def draw_feddae(rng) -> dict[str, Any]:
     }
 
 
+def draw_cofedrec(rng) -> dict[str, Any]:
+    return {
+        "lr": round(log_uniform(rng, 0.05, 8.0), 4),
+        "own_lr_scale": round(log_uniform(rng, 1.0, 300.0), 3),
+        "reg": round(log_uniform(rng, 1e-4, 0.05), 6),
+        "item_clusters": int(rng.choice([10, 30, 60])),
+        "negatives": int(rng.choice([1, 2, 4, 8])),
+        "contrast_items": 64,
+    }
+
+
+def draw_central(rng) -> dict[str, Any]:
+    return {
+        "lr": round(log_uniform(rng, 5e-4, 2e-2), 5),
+        "l2": round(log_uniform(rng, 1e-6, 1e-2), 8),
+        "negatives": int(rng.choice([1, 2, 4, 8])),
+    }
+
+
 def draw_cold(rng) -> dict[str, Any]:
     """A plain method whose rows for cold items are made by the server: its clients' settings."""
     lr = log_uniform(rng, 0.2, 8.0)
@@ -175,6 +194,9 @@ def draw_ifedrec(rng, dim: int = 64) -> dict[str, Any]:
 
 ALONE = {
     "ease": lambda rng: {"l2": round(log_uniform(rng, 3.0, 3000.0), 1)},
+    "mf": draw_central,
+    "neumf": draw_central,
+    "cofedrec": draw_cofedrec,
     "feddae": draw_feddae,
     "ipfedrec": draw_ifedrec,
     "ifedncf": draw_ifedrec,

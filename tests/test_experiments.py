@@ -23,7 +23,8 @@ for path in sorted(pathlib.Path("experiments").glob("*.flags")):
     config = launch.config_from_flags()
     backbone = config.settings.get("backbone")
     ending = f"{config.method}_{backbone}" if backbone else config.method
-    named = path.stem in ("demo", "leak_filmtrust") or path.stem.endswith(ending)
+    free = path.stem == "demo" or path.stem.startswith("leak_")
+    named = free or path.stem.endswith(ending) or f"_cold_items_{config.method}" in path.stem
     assert named, (path, config.method)
     assert path.read_text().startswith("# ") and "Expected" in path.read_text(), path
     print(path)
@@ -34,7 +35,8 @@ import sys
 sys.path.insert(0, "experiments")
 import tune
 from fedjax_rec.methods import make_config
-for method in [*tune.METHODS, "fedvlr-fedrap", "mlp_fusion-fedncf", "fedvbpr-pfedrec"]:
+over = ["fedvlr-fedrap", "mlp_fusion-fedncf", "fedvbpr-pfedrec", "fedrkg-fedmf", "plgc-fedncf", "gpfedrec", "cofedrec"]
+for method in [*tune.METHODS, *over, *tune.ALONE]:
     for trial in (0, 1, 2):
         make_config(method.split("-")[0], tune.draw_settings(method, trial))
         assert tune.draw_settings(method, trial) == tune.draw_settings(method, trial)
