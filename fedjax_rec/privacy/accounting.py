@@ -227,7 +227,7 @@ def check(ready: Experiment) -> None:
 
 def describe(said: dict[str, Any]) -> list[str]:
     """Lines for people."""
-    show = lambda value: "none" if value is None or not math.isfinite(value) else f"{value:.4g}"
+    show = lambda value: "infinite" if value is None or not math.isfinite(value) else f"{value:.4g}"
     lines = [f"privacy: epsilon {show(said['epsilon'])} at delta {said['delta']:g} ({said['adjacency']})"]
     for name, one in said["mechanisms"].items():
         values = one["epsilon_of_values"]
