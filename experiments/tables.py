@@ -48,17 +48,18 @@ def run_one(flagfile: Path, seed: int, workdir: Path) -> None:
 
 
 def row_name(flagfile: str, dataset: str) -> str:
-    return flagfile.removeprefix(f"{dataset.replace('-', '_')}_")
+    return flagfile.removeprefix(f"{dataset.replace('-', '_')}_").removeprefix("cold_items_")
 
 
 def table(runs: dict[str, Runs]) -> str:
     """Markdown for the rows of one data set."""
-    names = [f"{name}@{k}" for k in FLAGS.k for name in ("HR", "NDCG")]
+    cold = next(iter(runs.values())).configs[0]["split"] == "cold_items"  # users have several targets, all unseen
+    names = [f"{name}@{k}" for k in FLAGS.k for name in ("Recall" if cold else "HR", "NDCG")]
     wide = names[-2:]
-    head = ["", *names, *(f"{m} {part}" for m in wide for part in ("seen", "unseen")), "seeds", "round"]
+    parts = () if cold else ("test_seen", "test_unseen")
+    head = ["", *names, *(f"{m} {part.removeprefix('test_')}" for m in wide for part in parts), "seeds", "round"]
     head += [f"{wide[1]} - {FLAGS.against}"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    parts = ("test_seen", "test_unseen")
     for name, one in runs.items():
         said = one.summaries
         cells = [compare.spread([s["test"][m] for s in said]) for m in names]
