@@ -70,6 +70,13 @@ class LocalConfig:
         one_of("evaluate_at", self.evaluate_at, ("post_aggregate", "post_local"))
         one_of("client_init", self.client_init, ("random", "shared"))
 
+    def only_averages(self, method: str) -> None:
+        """Refuses what a method has no use for whose server averages the tables of clients that train by SGD."""
+        for name, only in (("optimizer", "sgd"), ("server_optimizer", "sgd"), ("weighting", "equal")):
+            one_of(name, getattr(self, name), (only,))
+        if self.server_lr != 1.0:
+            raise ValueError(f"server_lr={self.server_lr}: expected 1, the server of {method} averages")
+
     def sampling(self) -> Sampling:
         return Sampling(self.negatives, self.batch_size, self.local_epochs, self.redraw, self.draw)
 

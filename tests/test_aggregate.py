@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_rec import aggregate
+from fedjax_rec import aggregate, methods, rounds
+from fedjax_rec.data import clients, splits, synthetic
 from fedjax_rec.rounds import clients_mesh
 
 ITEMS, CLIENTS, ROWS = 9, 6, 4
@@ -126,3 +127,28 @@ def test_merge_over_devices(name):
     alone = aggregator.init(jax.tree.map(lambda x: x[0], sparse), ITEMS, CLIENTS)
     args = (jax.tree.map(jnp.asarray, sparse), jnp.asarray(WEIGHTS), jnp.asarray(rows), jnp.arange(CLIENTS))
     jax.tree.map(assert_close, merged, aggregator.add(alone, *args))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("gpfedrec", {"layers": (4,)}), ("cofedrec", {"item_clusters": 4, "contrast_items": 8})]
+)
+def test_tables_over_the_mail_are_held_once(name, settings):
+    """The compiled functions write the uploads and the server's answers over the mail."""
+    users, items, dim, key = 23, 500, 4, jax.random.key(1)
+    split = splits.leave_one_out(
+        synthetic.make(users, items, min_history=4, median_history=9, max_history=30).interactions
+    )
+    method = methods.build(name, users, items, dim=dim, **settings)
+    engine = rounds.make_engine(method, clients.build(split, max_buckets=1))
+    state, table = engine.init(key), users * items * dim * 4
+    shared = rounds.publish(engine, key, state.server, 0)
+    arguments = (engine, key, shared, state.clients, state.mail, jnp.int32(0), engine.everybody)
+    assert rounds.client_round.lower(*arguments).compile().memory_analysis().alias_size_in_bytes >= table
+    received = rounds.client_round(*arguments)[1]
+    tables, weights = received.value
+    lowered = rounds.server_step_over_mail.lower(
+        engine, key, state.server, jnp.int32(0), tables, received._replace(value=weights)
+    )
+    memory = lowered.compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= table
+    assert memory.temp_size_in_bytes < table  # some slices of 64 items, and [users, users] or the clusters

@@ -70,10 +70,7 @@ class Config(LocalConfig):
     def __post_init__(self):
         super().__post_init__()
         one_of("preset", self.preset, ("paper", "released"))
-        for name, only in (("optimizer", "sgd"), ("server_optimizer", "sgd"), ("weighting", "equal")):
-            one_of(name, getattr(self, name), (only,))
-        if self.server_lr != 1.0:
-            raise ValueError(f"server_lr={self.server_lr}: expected 1, the server of cofedrec averages")
+        self.only_averages("cofedrec")
         for name in ("item_clusters", "kmeans_iterations", "temperature", "base_temperature", "own_lr_scale"):
             positive(name, getattr(self, name))
         for name in ("reg", "contrast_items"):

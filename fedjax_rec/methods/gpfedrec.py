@@ -65,10 +65,7 @@ class Config(LocalConfig):
     def __post_init__(self):
         super().__post_init__()
         one_of("affinity", self.affinity, ("similarity", "distance"))
-        for name, only in (("optimizer", "sgd"), ("server_optimizer", "sgd"), ("weighting", "equal")):
-            one_of(name, getattr(self, name), (only,))
-        if self.server_lr != 1.0:
-            raise ValueError(f"server_lr={self.server_lr}: expected 1, the server of gpfedrec averages")
+        self.only_averages("gpfedrec")
         for name in ("threshold", "message_layers", "network_lr_scale"):
             positive(name, getattr(self, name))
         for name in ("reg", "user_init_std"):
