@@ -23,6 +23,7 @@ flags.DEFINE_multi_string("set", [], "A method setting, key=value; repeat for mo
 flags.DEFINE_string("backbone", None, "Client model of the methods that work over several; short for --set backbone=.")
 flags.DEFINE_string("dataset", "synthetic", "Data set name, or path of a .csv, .inter or Amazon .json.gz.")
 flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders.")
+flags.DEFINE_multi_string("features", [], "Item features of the encoders, modality=FILE.npz; repeat for more.")
 flags.DEFINE_string("split", "leave_one_out", "leave_one_out, given or cold_items.")
 flags.DEFINE_integer("split_seed", 0, "Seed of --split=cold_items.")
 flags.DEFINE_string("ties", "later_row", "Which of two equal timestamps is newer: later_row or earlier_row.")
@@ -109,6 +110,7 @@ def config_from_flags():
         method=FLAGS.method,
         settings={name: getattr(chosen, name) for name in settings},
         filters=filters_from_flags(),
+        features=assignments(FLAGS.features, "features"),
         ks=cut_offs(),
         **{
             name: FLAGS[name].value

@@ -1,6 +1,6 @@
 """Ablations of a recipe, by what its method has: Markdown and plots.
 
-    python experiments/ablations.py --data_dir=DATA --out=runs/ablations --base=my_fedvlr.flags
+    python experiments/ablations.py --data_dir=DATA --out=runs/ablations --base=experiments/ku_fedvlr_fedavg.flags
 
 FedVLR and its kin: fusion strategy, modalities, noise, sampling ratio. FedRKG: variants of guidance, interval, beta,
 the gate's rate. PLGC: mixing, kernel, contrast. MDiffFR: guidance, fusion of conditions, training of the diffusion.

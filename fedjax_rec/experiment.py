@@ -35,6 +35,7 @@ class RunConfig:
     Attributes:
         method, settings: a name in METHODS and replacements for its settings.
         dataset, data_dir: what data/readers.py loads.
+        features: modality -> .npz of the encoders, in place of the data set's own or beside them.
         split, split_seed, ties: see data/splits.py.
         filters: replacements for the data set's default filters (see data/interactions.Filters).
         filmtrust_time: `item` or `position`, see data/readers.py.
@@ -59,6 +60,7 @@ class RunConfig:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dataset: str = "synthetic"
     data_dir: str | None = None
+    features: Mapping[str, str] = dataclasses.field(default_factory=dict)
     split: str = "leave_one_out"
     split_seed: int = 0
     ties: str = "later_row"
@@ -117,9 +119,10 @@ class RunConfig:
         return mechanisms.Mechanism(self.dp_mechanism, self.dp_clip, self.dp_noise, self.dp_rows)
 
     def recorded(self) -> dict[str, Any]:
-        """As it stands in config.json: a dp setting only where it differs from its default, so that runs without any
-        are recorded as they were before there were such settings."""
+        """As it stands in config.json: later settings (features, dp) only where they differ from their defaults, so
+        that runs without any are recorded as they were before there were such settings."""
         default = {field.name: field.default for field in dataclasses.fields(self) if field.name.startswith("dp_")}
+        default["features"] = {}
         said = dataclasses.asdict(self)
         return {name: value for name, value in said.items() if name not in default or value != default[name]}
 
@@ -163,7 +166,7 @@ def cohort_size(clients_per_round: int | float, num_users: int) -> int:
 
 
 def load_data(config: RunConfig) -> tuple[Interactions, Split, dict[str, Features]]:
-    """Reads, filters and splits the data set, with the features its folder offers."""
+    """Reads, filters and splits the data set, with the features its folder offers and those of config.features."""
     if config.dataset == "synthetic" and not config.filters:
         made = synthetic.make()
         interactions, features = made.interactions, made.features
@@ -178,6 +181,8 @@ def load_data(config: RunConfig) -> tuple[Interactions, Split, dict[str, Feature
         features = (
             features_module.load_features(config.dataset, config.data_dir, interactions) if known_features else {}
         )
+    given = {name: features_module.load_npz(path, interactions.item_ids) for name, path in config.features.items()}
+    features = {**features, **given}
     split = splits.make(interactions, config.split, seed=config.split_seed, data_dir=config.data_dir, ties=config.ties)
     return interactions, split, features
 

@@ -15,7 +15,7 @@ from fedjax_rec.data import clients, splits, synthetic
 from fedjax_rec.evaluate import catalogue_data
 from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.item_sources.cold import conditions, nearest_warm, ridge_map, warm_and_cold
-from fedjax_rec.method import all_batches
+from fedjax_rec.method import Aggregate, all_batches
 from fedjax_rec.methods import mdifffr
 from fedjax_rec.rounds import client_key, make_engine, record_at, streams
 
@@ -210,6 +210,29 @@ def test_nearest_warm_items_by_cosine():
     assert places.tolist() == [[0, 1]]
     np.testing.assert_allclose(weights.sum(1), 1)
     assert weights[0, 0] > weights[0, 1]
+    # an item is no neighbour of its own; 0 and 4 point the same way
+    places, _ = nearest_warm(content, np.array([0, 1, 4]), np.array([0, 4]), 1)
+    assert places.tolist() == [[2], [0]]
+
+
+def test_the_denoiser_hears_what_the_nearest_rows_are():
+    """Two kinds of items with opposite rows, features that only choose neighbours: cold rows are of their kind."""
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, 2, ITEMS)
+    content = (np.eye(2)[kind] + 0.01 * rng.standard_normal((ITEMS, 2))).astype(np.float32)
+    centre = np.array([[1.0, -1.0, 2.0, 0.5], [-1.0, 1.0, -2.0, -0.5]], np.float32)
+    rows = jnp.asarray(centre[kind] + 0.1 * rng.standard_normal((ITEMS, 4)), jnp.float32)
+    catalogue = Catalogue({"text": content}, np.arange(ITEMS) < 40)
+    method = methods.build(
+        "mdifffr", USERS, ITEMS, catalogue, **SMALL, preset="proper", guidance="none", condition_dim=2, neighbours=3,
+        server_epochs=400, diffusion_lr=3e-3, dropout=0.0, guidance_scale=1.0,
+    )  # fmt: skip
+    server = method.init_server(KEY)
+    server = dataclasses.replace(server, shared={**server.shared, "item": rows})
+    received = Aggregate(jax.tree.map(jnp.zeros_like, {"item": rows}), jnp.ones(()), jnp.float32(USERS))
+    server, _ = method.server_update(KEY, server, received)
+    made = np.asarray(method.publish(KEY, server)["item"])[40:]
+    np.testing.assert_allclose(made, centre[kind[40:]], atol=0.6)
 
 
 def test_ridge_map_is_least_squares_without_a_penalty():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,3 +118,19 @@ def test_plots_of_a_run_with_a_router(base, tmp_path):
     assert lines[0] == "user_id,train_items,sum,mlp,gate" and len(lines) == 601
     weights = [[float(w) for w in line.split(",")[2:]] for line in lines[1:]]
     assert all(abs(sum(w) - 1) < 1e-5 for w in weights) and len(set(map(tuple, weights))) > 300
+
+
+def test_tag_features_of_items_with_the_same_tags_are_the_same(tmp_path):
+    """Items 0 and 1 have one set of tags, 2 and 3 another, 4 none; tag 9 has one item and is left out."""
+    tags, out = tmp_path / "item-tag.dat", tmp_path / "tags.npz"
+    tags.write_text("2 0 1\n3 1 0 9\n2 2 3\n2 3 2\n0\n")
+    command = [sys.executable, "experiments/tag_features.py", f"--tags={tags}", f"--out={out}", "--min_items=2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=QUICKLY)
+    assert done.returncode == 0 and "5 items, 3 directions, 1 items without tags" in done.stdout, done
+    made = np.load(out)
+    like = made["values"] @ made["values"].T
+    np.testing.assert_allclose(like[:4, :4], np.kron(np.eye(2), np.ones((2, 2))), atol=1e-5)
+    np.testing.assert_array_equal(made["present"], [True, True, True, True, False])
+    tags.write_text("2 0 1\n3 1 0\n")
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=QUICKLY)
+    assert refused.returncode != 0 and "line 2" in refused.stderr

@@ -73,6 +73,30 @@ def test_one_pull_back_is_the_sum_of_the_clients_gradients(operators):
         )
 
 
+def test_the_server_may_step_the_operators_by_adam():
+    """Adam's first step has the rate's size in every entry, however small the gradient; D keeps plain steps."""
+    items = catalogue(ITEMS, 7)
+    settings = {"dim": 4, "id_dim": 6, "operators": ("mlp",), "lr": 0.5, "fusion_lr_scale": 0.02}
+    method = methods.build("fedvlr", USERS, ITEMS, items, fusion_optimizer="adam", **settings)
+    plain = methods.build("fedvlr", USERS, ITEMS, items, **settings)
+    cotangent = 1e-3 * jax.random.normal(jax.random.key(2), (ITEMS, 1, 4))
+    received = Aggregate({"views": cotangent}, jnp.ones(()), jnp.float32(USERS))
+    before, after, slow = (
+        server.private["trainable"]
+        for server in (
+            method.init_server(jax.random.key(1)),
+            method.server_update(jax.random.key(0), method.init_server(jax.random.key(1)), received)[0],
+            plain.server_update(jax.random.key(0), plain.init_server(jax.random.key(1)), received)[0],
+        )
+    )
+    step = np.abs(after["operators"]["params"]["mlp"]["Dense_1"]["bias"])
+    np.testing.assert_allclose(step, 0.01, rtol=1e-3)
+    np.testing.assert_array_equal(after["id"], slow["id"])
+    assert np.abs(slow["id"] - before["id"]).max() > 0
+    with pytest.raises(ValueError, match="fusion_optimizer=adam with update=parameters"):
+        methods.build("fedvlr", USERS, ITEMS, items, update="parameters", fusion_optimizer="adam")
+
+
 def test_gates_multiply_the_features():
     """With all gate weights zero every gate is one half, so twice the features give twice the view."""
     gate = views.Gate(4)

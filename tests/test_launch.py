@@ -161,8 +161,9 @@ def test_truth_values(launch, text, value):
 def test_flags_reach_the_configuration(launch):
     config = configured(
         launch, "--k=1,20", "--select_metric=HR@20", "--filter=min_user=5", "--filter=min_rating=3.5", "--seed=4",
-        "--clients_per_round=0.25", "--rounds=7",
+        "--clients_per_round=0.25", "--rounds=7", "--features=tags=tags.npz", "--features=image=here/image.npz",
     )  # fmt: skip
+    assert config.features == {"tags": "tags.npz", "image": "here/image.npz"}
     assert (config.ks, config.select_metric, config.seed, config.rounds) == ((1, 20), "HR@20", 4, 7)
     assert config.filters == {"min_user": 5, "min_rating": 3.5}
     assert config.clients_per_round == 0.25

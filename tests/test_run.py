@@ -606,3 +606,20 @@ def test_devices_that_are_not_there_are_refused():
 
 def test_clients_module_and_run_agree_on_the_default_number_of_buckets():
     assert RunConfig().max_buckets == clients.MAX_BUCKETS
+
+
+def test_features_of_a_file_join_the_items_and_stand_in_for_the_data_sets_own(tmp_path):
+    """A file in another order, with an item too many and one too few, beside and in place of what the data set has."""
+    interactions, _, own = run.load_data(RunConfig())
+    ids = interactions.item_ids[1:][::-1]
+    values = np.arange(2.0 * (len(ids) + 1)).reshape(-1, 2)
+    path = tmp_path / "made.npz"
+    np.savez(path, values=values, raw_ids=np.append(ids, ids.max() + 1))
+    given = run.load_data(RunConfig(features={"tags": str(path), "image": str(path)}))[2]
+    assert set(given) == {*own, "tags"} and given["image"].values.shape[1] == 2
+    np.testing.assert_array_equal(given["text"].values, own["text"].values)
+    np.testing.assert_array_equal(given["tags"].values[1:], values[:-1][::-1])
+    assert given["tags"].num_missing == 1
+    np.testing.assert_allclose(given["tags"].values[0], values[:-1].mean(0))
+    said = RunConfig(features={"tags": str(path)}).recorded()
+    assert said["features"] == {"tags": str(path)} and "features" not in RunConfig().recorded()

@@ -111,17 +111,19 @@ def conditions(catalogue: Catalogue, name: str, width: int, *, whiten: bool = Fa
 
 
 def nearest_warm(
-    content: Float[np.ndarray, "items feat"], warm: np.ndarray, cold: np.ndarray, k: int
+    content: Float[np.ndarray, "items feat"], warm: np.ndarray, of: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(places among the warm items [cold, k], weights [cold, k]): each cold item's k nearest warm ones by the cosine
-    of their features, with weights proportional to it (equal where no cosine is positive)."""
+    """(places among the warm items [of, k], weights [of, k]): the k warm items nearest to each of the items `of` by the
+    cosine of their features, itself left out, with weights proportional to it (equal where no cosine is positive)."""
     length = np.maximum(np.linalg.norm(content, axis=1, keepdims=True), 1e-12)
     unit = content / length
-    k = min(k, len(warm))
-    places, weights = np.zeros((len(cold), k), np.int32), np.zeros((len(cold), k), np.float32)
-    for start in range(0, len(cold), 512):  # a block of similarities at a time
-        similar = unit[cold[start : start + 512]] @ unit[warm].T
-        best = np.argsort(-similar, axis=1, kind="stable")[:, :k]
+    k = min(k, len(warm) - int(np.isin(of, warm).any()))
+    places, weights = np.zeros((len(of), k), np.int32), np.zeros((len(of), k), np.float32)
+    for start in range(0, len(of), 512):  # a block of similarities at a time
+        block = of[start : start + 512]
+        similar = np.where(block[:, None] == warm, -np.inf, unit[block] @ unit[warm].T)
+        best = np.argpartition(-similar, k - 1, axis=1)[:, :k]
+        best = np.take_along_axis(best, np.argsort(-np.take_along_axis(similar, best, 1), axis=1, kind="stable"), 1)
         value = np.maximum(np.take_along_axis(similar, best, 1), 0.0) + 1e-9
         places[start : start + 512], weights[start : start + 512] = best, value / value.sum(1, keepdims=True)
     return places, weights

@@ -43,6 +43,8 @@ from fedjax_rec.types import PyTree
 from fedjax_rec.validate import one_of, positive
 
 ABLATIONS = ("keep", "drop", "random")
+# gamma's gradients are means over clients and small: the usual eps of 1e-3 on servers would undo their scaling
+FUSION_OPTIMIZERS = {**SERVER_OPTIMIZERS, "adam": lambda rate: optax.adam(rate, b1=0.9, b2=0.99)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Config(LocalConfig):
         update: `gradients` (Algorithm 1) or `parameters`.
         router, temperature, router_lr_scale: see views.router_weights; rate of the router relative to lr.
         fusion_lr_scale: rate of gamma relative to lr.
+        fusion_optimizer: the server's optimiser of gamma (`adam` is the released code's); "" takes server_optimizer,
+            which steps D.
         layer_norm: after every projection, as the FedVLR code at hand has it.
         centre: features are centred on their mean over the items that training may touch.
         visual, text, ids: each modality `keep`, `drop` (zeros) or `random` (a fixed normal draw of the same scale).
@@ -84,6 +88,7 @@ class Config(LocalConfig):
     temperature: float = 1.0
     router_lr_scale: float = 1.0
     fusion_lr_scale: float = 1.0
+    fusion_optimizer: str = ""
     layer_norm: bool = False
     centre: bool = True
     visual: str = "keep"
@@ -107,6 +112,7 @@ class Config(LocalConfig):
         super().__post_init__()
         one_of("backbone", self.backbone, BACKBONES)
         one_of("optimizer", self.optimizer, ("sgd",))
+        one_of("fusion_optimizer", self.fusion_optimizer, ("", *FUSION_OPTIMIZERS))
         one_of("update", self.update, ("gradients", "parameters"))
         one_of("router", self.router, views.ROUTERS)
         one_of("noise_on", self.noise_on, ("gradients", "views"))
@@ -123,6 +129,11 @@ class Config(LocalConfig):
             positive(name, getattr(self, name), zero_allowed=True)
         if self.update == "parameters" and self.noise_std and self.noise_on == "views":
             raise ValueError("noise_on=views with update=parameters: no views are sent; set noise_on=gradients")
+        if self.update == "parameters" and self.fusion_optimizer:
+            raise ValueError(
+                f"fusion_optimizer={self.fusion_optimizer} with update=parameters: the server averages copies of "
+                "gamma; leave one of both out"
+            )
         if self.operators == ("vbpr",) and self.id_dim != self.dim // 2:
             raise ValueError(f"id_dim={self.id_dim}: fedvbpr's ID vectors are half as wide as dim={self.dim}")
 
@@ -267,13 +278,14 @@ def multimodal(config: Config, num_users: int, num_items: int, name: str, catalo
 def _server_optimizer(config: Config, num_users: int) -> optax.GradientTransformation:
     """Steps D and gamma; adaptive optimisers see gradients of any scale, so the number of clients is left out there."""
     make = SERVER_OPTIMIZERS[config.server_optimizer]
+    make_fusion = FUSION_OPTIMIZERS[config.fusion_optimizer] if config.fusion_optimizer else make
     clients = 1 if config.server_optimizer == "adam" else num_users
     id_rate = config.lr * config.item_lr_scale * clients * config.server_lr
     frozen = optax.set_to_zero()
     return by_role(
         {
             ID: make(id_rate) if config.ids == "keep" else frozen,
-            "operators": make(config.lr * config.fusion_lr_scale * config.server_lr),
+            "operators": make_fusion(config.lr * config.fusion_lr_scale * config.server_lr),
         }
     )
 

@@ -16,6 +16,9 @@ presets:
     proper    a residual path from x_t, rows standardised, a schedule that ends in the prior, AdamW, averaged weights,
               classifier-free guidance
 
+`neighbours` = k > 0 is our variant: beside the features the denoiser is told the mean row of the k warm items nearest
+to the item in content (itself left out), so that it need not learn from noisy rows what the nearest of them say.
+
 `light_mdifffr` trains the diffusion every second round (Section 4.6). `guidance` withholds the features (`none`: no
 modality token; `zero`, `random`: constant or meaningless ones), `fusion` replaces the attention (Table 4 gives no
 replacement; here the mean, or a map of the concatenation).
@@ -34,7 +37,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_rec.item_sources import Catalogue
-from fedjax_rec.item_sources.cold import RowMaker, conditions, warm_and_cold, with_cold_rows
+from fedjax_rec.item_sources.cold import (
+    RowMaker,
+    conditions,
+    nearest_warm,
+    side_by_side,
+    warm_and_cold,
+    with_cold_rows,
+)
 from fedjax_rec.method import Method
 from fedjax_rec.methods.over import OverConfig, plain_method
 from fedjax_rec.server.diffusion import FUSIONS, Diffusion, Settings
@@ -49,6 +59,7 @@ class Config(OverConfig):
         preset: `paper`, `released` or `proper`; sets the defaults of everything below.
         condition_dim: principal components of the features, 0 for the features themselves.
         guidance: `features`, or the ablations `none`, `zero`, `random`.
+        neighbours: warm items whose mean row the denoiser is told, nearest in content; 0 for none (the paper).
         train_every: rounds between trainings of the diffusion model.
         diffusion_steps, noise_scale, noise_low, noise_high: T, s and the bounds of Eq. 6.
         diffusion_optimizer, diffusion_lr, diffusion_decay, server_epochs, diffusion_batch: its training.
@@ -64,6 +75,7 @@ class Config(OverConfig):
     preset: str = "paper"
     condition_dim: int = 64
     guidance: str = "features"
+    neighbours: int = 0
     train_every: int = 1
     diffusion_steps: int = 10
     noise_scale: float = 0.1
@@ -92,7 +104,8 @@ class Config(OverConfig):
         one_of("guidance", self.guidance, ("features", "none", "zero", "random"))
         one_of("fusion", self.fusion, FUSIONS)
         positive("train_every", self.train_every)
-        positive("condition_dim", self.condition_dim, zero_allowed=True)
+        for name in ("condition_dim", "neighbours"):
+            positive(name, getattr(self, name), zero_allowed=True)
         self.diffusion()
 
     def diffusion(self) -> Settings:
@@ -149,17 +162,34 @@ LIGHT = {name: dataclasses.replace(preset, train_every=2) for name, preset in PR
 def mdifffr(config: Config, num_users: int, num_items: int, name: str, catalogue: Catalogue) -> Method:
     """MDiffFR; see the module docstring."""
     values = conditions_of(config, name, catalogue)
-    warm, cold = (jnp.asarray(values[index]) for index in warm_and_cold(catalogue))
-    model = Diffusion(config.diffusion(), config.width, values.shape[1])
+    warm, cold = warm_and_cold(catalogue)
+    of_warm, of_cold = (_told(config, name, catalogue, values, index) for index in (warm, cold))
+    model = Diffusion(config.diffusion(), config.width, values.shape[1] + bool(config.neighbours) * config.width)
 
     def learn(key, state, rows, round_):
-        train = lambda held: model.train(key, held, rows, warm)
+        train = lambda held: model.train(key, held, rows, of_warm(rows))
         if config.train_every == 1:
             return train(state)
         return jax.lax.cond(round_ % config.train_every == 0, train, lambda held: held, state)
 
-    maker = RowMaker(model.init, learn, lambda key, state, rows: model.sample(key, state, cold))
+    maker = RowMaker(model.init, learn, lambda key, state, rows: model.sample(key, state, of_cold(rows)))
     return with_cold_rows(plain_method(config, num_users, num_items, name), maker, catalogue)
+
+
+def _told(config: Config, name: str, catalogue: Catalogue, values: np.ndarray, of: np.ndarray):
+    """What the denoiser is told of the items `of`, given the warm rows: their features, and beside them the mean row of
+    their neighbours where the configuration has any."""
+    values = jnp.asarray(values[of])
+    if not config.neighbours:
+        return lambda rows: values
+    warm, _ = warm_and_cold(catalogue)
+    places, weights = map(jnp.asarray, nearest_warm(side_by_side(catalogue, name), warm, of, config.neighbours))
+
+    def told(rows):
+        unit = (rows - rows.mean(0)) / jnp.maximum(rows.std(0), 1e-6)
+        return jnp.concatenate([values, jnp.einsum("nk,nkd->nd", weights, unit[places])], axis=1)
+
+    return told
 
 
 def conditions_of(config: Config, name: str, catalogue: Catalogue) -> np.ndarray:
