@@ -134,3 +134,19 @@ def test_tag_features_of_items_with_the_same_tags_are_the_same(tmp_path):
     tags.write_text("2 0 1\n3 1 0\n")
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=QUICKLY)
     assert refused.returncode != 0 and "line 2" in refused.stderr
+
+
+def test_guidance_before_and_after_for_every_group(tmp_path):
+    common = ["--method=fedrkg", "--rounds=5", "--set=interval=3", "--cpu_devices=1", "--noplots", "--noprogress"]
+    call("launch.py", *common, "--set=beta=0.2", "--set=gate_lr=0.5", f"--workdir={tmp_path / 'run'}")
+    said = call("experiments/guidance.py", f"--out={tmp_path / 'out'}", tmp_path / "run")
+    assert (tmp_path / "out" / "guidance.md").read_text() in said
+    assert (tmp_path / "out" / "convergence.png").stat().st_size > 1000
+    assert "### Effect of the guidance of round 6" in said and "| cold (180) | run |" in said
+    line = lambda row: next(line for line in said.splitlines() if line.startswith(f"| {row}")).split(" | ")
+    rows = [line(f"{rule}, {who}") for rule in ("KG", "AG") for who in ("100 distinct", "as many followers", "all")]
+    for row in rows:
+        gained, lost = (float(cell.rstrip("% |")) for cell in row[-2:])
+        assert gained + lost > 20
+    assert len({tuple(row[1:]) for row in rows}) == 6  # every rule and group differs
+    assert "distinct users, followers: popular items" in said

@@ -1,0 +1,243 @@
+"""What guidance does to whom: FedRKG's analyses of finished runs, as Markdown and plots.
+
+    python experiments/guidance.py --data_dir=DATA --out=runs/guidance runs/fedrkg runs/fedrap
+
+Workdirs are those of single runs with a checkpoint, the first that of fedrkg (guidance ag or kg) or of any method where
+only the parts for all methods are wanted. Written to OUT/guidance.md and beside it:
+
+    convergence.png    validation metric by round, guidance rounds marked
+    groups             test metrics of cold and warm users of every run, the share --share with the fewest and the most
+                       training interactions, with the paired difference to the first run (FedRKG, Figure 5)
+    effect             FedRKG: its clients go on to the next guidance round and are judged right before and after it,
+                       under Knowledge and (of an ag run) Adaptive Guidance: relative change for --group distinct users
+                       and as many followers, and how many users gained (Table 4)
+    gates              of an ag run: relative change of the gate from distinct users to followers on popular items, and
+                       from cold to warm users on all items (Tables D.3 and D.4)
+
+Popular items are the --share of items with the most training interactions; followers are the users with the largest
+share of their training interactions among them, distinct users those with the smallest. The paper draws 100 of each
+group at random and does not say how the groups are bounded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from absl import app, flags, logging
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from fedjax_rec import compare, load_run, metrics
+from fedjax_rec.data.clients import row_offsets
+from fedjax_rec.experiment import Experiment, prepare
+from fedjax_rec.methods import make_config
+from fedjax_rec.methods.fedrkg import gate_values, is_guidance_round
+from fedjax_rec.workdir import read_config, read_lines
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders, if it has moved since the runs.")
+flags.DEFINE_string("out", "runs/guidance", "Folder of guidance.md and the plot.")
+flags.DEFINE_list("k", ["10", "50"], "Cut-offs; those of the runs, or some of them.")
+flags.DEFINE_integer("group", 100, "Distinct users and followers, so many of each.")
+flags.DEFINE_float("share", 0.3, "Popular items; cold and warm users.")
+
+
+def names() -> list[str]:
+    return [f"{metric}@{k}" for k in FLAGS.k for metric in ("HR", "NDCG")]
+
+
+def convergence(path: Path, workdirs: list[Path]) -> None:
+    """Validation by round, one line per run; thin vertical lines where the first run is guided."""
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    last = 0
+    for workdir in workdirs:
+        metric = read_config(workdir)["select_metric"]
+        told = [line for line in read_lines(workdir / "metrics.jsonl") if "valid" in line]
+        rounds = [line["round"] for line in told]
+        axis.plot(rounds, [sum(line["valid"][m] for m in metric.split("+")) for line in told], label=workdir.name)
+        last = max(last, *rounds)
+    settings = load_config(workdirs[0])
+    if settings is not None:
+        for round_ in range(last):
+            if is_guidance_round(settings, round_):
+                axis.axvline(round_ + 1, color="grey", linewidth=0.5, alpha=0.4, zorder=0)
+    axis.set(xlabel="round (grey: guidance)", ylabel=f"validation {metric}")
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def load_config(workdir: Path):
+    """The settings of a FedRKG run, None for another method."""
+    config = read_config(workdir)
+    return make_config("fedrkg", config["settings"]) if config["method"] == "fedrkg" else None
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows]]
+
+
+def cold_and_warm(workdirs: list[Path]) -> list[str]:
+    """Metrics of the users with the fewest and the most training items, by run."""
+    held = [np.load(workdir / "per_client.npz") for workdir in workdirs]
+    order = np.argsort(held[0]["train_items"], kind="stable")
+    count = max(round(FLAGS.share * len(order)), 1)
+    rows = []
+    for group, users in {"cold": order[:count], "warm": order[-count:]}.items():
+        for workdir, clients in zip(workdirs, held, strict=True):
+            values = [clients[name][users] for name in names()]
+            apart = [
+                "" if clients is held[0] else compare.paired(v[None], held[0][name][users][None])
+                for v, name in zip(values, names(), strict=True)
+            ]
+            means = [f"{np.nanmean(v):.4f}" for v in values]
+            rows.append([f"{group} ({count})", workdir.name, *means, *apart])
+    head = ["users", "run", *names(), *(f"{name} - {workdirs[0].name}" for name in names())]
+    return [
+        f"### Cold and warm users: {FLAGS.share:.0%} with the fewest and the most items",
+        "",
+        *table(head, rows),
+        "",
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Users [n] by what they take, and the popular items."""
+
+    distinct: np.ndarray
+    followers: np.ndarray
+    popular: np.ndarray
+
+
+def groups_of(ready: Experiment) -> Groups:
+    split = ready.split
+    taken = np.bincount(split.train.item, minlength=split.num_items)
+    popular = np.argsort(-taken, kind="stable")[: max(round(FLAGS.share * split.num_items), 1)]
+    in_them = np.isin(split.train.item, popular)
+    length = np.diff(row_offsets(split.train.user, split.num_users))
+    share = np.bincount(split.train.user, weights=in_them, minlength=split.num_users) / np.maximum(length, 1)
+    users = np.flatnonzero(length > 0)
+    order = users[np.argsort(share[users], kind="stable")]
+    count = min(FLAGS.group, len(order) // 2)
+    return Groups(order[:count], order[-count:], popular)
+
+
+def variant(ready: Experiment, guidance: str) -> Experiment:
+    """The same run under another rule of guidance, with no guidance but on demand."""
+    settings = {**dataclasses.asdict(ready.method.config), "guidance": guidance}
+    made = prepare(
+        dataclasses.replace(ready.config, settings=settings), (ready.interactions, ready.split, ready.features)
+    )
+    quiet = made.method._replace(exchange=made.method.exchange._replace(due=lambda round_: False))
+    engine = dataclasses.replace(made.engine, method=quiet)
+    return dataclasses.replace(made, engine=engine, evaluator=dataclasses.replace(made.evaluator, engine=engine))
+
+
+def effect(workdir: Path) -> list[str]:
+    """Right before and right after the next guidance round."""
+    run = load_run(workdir, data_dir=FLAGS.data_dir)
+    settings = load_config(workdir)
+    if run.experiment.method.exchange is None:
+        raise app.UsageError(f"{workdir}: guidance={settings.guidance} guides nobody; give a run with ag or kg")
+    groups = groups_of(run.experiment)
+    due = next(r for r in range(run.round, run.round + 2 * settings.interval + 2) if is_guidance_round(settings, r))
+    # with a delay guidance comes first in its round: the state before it is that of the round before
+    until = due if settings.delay else due + 1
+    rules = ["kg", "ag"] if settings.guidance == "ag" else [settings.guidance]
+    rows, gates = [], []
+    for rule in rules:
+        ready, key = variant(run.experiment, rule), run.experiment.key
+        state = jax.tree.map(jnp.copy, run.state)
+        if rule != "ag":
+            state = state.replace(clients={role: v for role, v in state.clients.items() if role != "gate"})
+        for round_ in range(run.round, until):
+            state, _ = ready.engine.round(key, state, round_)
+        before = judged(ready, state, until)
+        own = np.asarray(state.clients["own_item"])
+        state, _ = ready.engine.exchange(key, state, jnp.asarray(due, jnp.int32))
+        after = judged(ready, state, until)
+        rows += [[f"{rule.upper()}, {name}", *changes(before, after, users)] for name, users in of_interest(groups)]
+        if rule == "ag":
+            gates = gate_table(ready, state, own, groups)
+    head = ["", *(f"{name}: before, after, change" for name in names()), "gained", "lost"]
+    title = f"### Effect of the guidance of round {due + 1}, {workdir.name}"
+    return [title, "", *table(head, rows), "", *gates]
+
+
+def of_interest(groups: Groups) -> list[tuple[str, np.ndarray]]:
+    both = [(f"{len(groups.distinct)} distinct users", groups.distinct), ("as many followers", groups.followers)]
+    return [*both, ("all users", np.array([], int))]
+
+
+def judged(ready: Experiment, state, round_: int) -> dict[str, np.ndarray]:
+    """Test metrics and reciprocal ranks by user."""
+    ranks = ready.evaluator.ranks(ready.key, state, round_).test
+    return {**metrics.per_client(ranks, tuple(map(int, FLAGS.k))), "1/rank": np.nanmean(1.0 / ranks, axis=1)}
+
+
+def changes(before: dict, after: dict, users: np.ndarray) -> list[str]:
+    """Means before and after with the relative change, and users whose target rose or fell."""
+    pick = (lambda x: x[users]) if len(users) else (lambda x: x)
+    cells = []
+    for name in names():
+        old, new = np.nanmean(pick(before[name])), np.nanmean(pick(after[name]))
+        relative = f"{100 * (new / old - 1):+.1f} %" if old else "-"
+        cells.append(f"{old:.4f}, {new:.4f}, {relative}")
+    risen, fallen = (pick(after["1/rank"]) > pick(before["1/rank"])), (pick(after["1/rank"]) < pick(before["1/rank"]))
+    return [*cells, f"{risen.mean():.1%}", f"{fallen.mean():.1%}"]
+
+
+def gate_table(ready: Experiment, state, own: np.ndarray, groups: Groups) -> list[str]:
+    """Mean gates by group: as values, and as their logits."""
+    guide = state.server.shared["guide"]
+    gate = state.clients["gate"]
+    of_user = jax.jit(lambda gate, own: gate_values(gate, own, guide))
+    values = np.stack(
+        [np.asarray(of_user(jax.tree.map(lambda x, u=u: x[u], gate), own[u])) for u in range(ready.split.num_users)]
+    )
+    length = np.diff(row_offsets(ready.split.train.user, ready.split.num_users))
+    order = np.argsort(length, kind="stable")
+    count = max(round(FLAGS.share * len(order)), 1)
+    pairs = {
+        "distinct users, followers: popular items": (groups.distinct, groups.followers, groups.popular),
+        "cold users, warm users: all items": (order[:count], order[-count:], np.arange(ready.split.num_items)),
+    }
+    rows = []
+    for name, (first, second, items) in pairs.items():
+        cells = []
+        for show in (lambda g: g, lambda g: np.log(g) - np.log1p(-g)):
+            one, two = (show(values[np.ix_(users, items)].astype(np.float64)).mean() for users in (first, second))
+            cells += [f"{one:.5f}, {two:.5f}", f"{100 * (two - one) / one:+.2f} %" if one else "-"]
+        rows.append([name, *cells])
+    head = ["groups", "gate", "change", "logit", "change"]
+    return ["### Gates", "", *table(head, rows), ""]
+
+
+def main(argv) -> None:
+    logging.set_verbosity(logging.WARNING)  # checkpoints tell much
+    workdirs = [Path(name) for name in argv[1:]]
+    if not workdirs:
+        raise app.UsageError("no workdir given, expected those of finished runs, FedRKG's first")
+    missing = [str(w) for w in workdirs if not (w / "per_client.npz").exists()]
+    if missing:
+        raise app.UsageError(f"{missing[0]}: no finished run there (no per_client.npz)")
+    out = Path(FLAGS.out)
+    out.mkdir(parents=True, exist_ok=True)
+    convergence(out / "convergence.png", workdirs)
+    parts = cold_and_warm(workdirs)
+    for workdir in workdirs:
+        if load_config(workdir) is not None:
+            parts += effect(workdir)
+    (out / "guidance.md").write_text("\n".join(parts))
+    print("\n".join(parts))
+
+
+if __name__ == "__main__":
+    app.run(main)
