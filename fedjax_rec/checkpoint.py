@@ -11,6 +11,7 @@ from orbax.checkpoint import v1 as ocp
 
 from fedjax_rec.types import PyTree
 
+CHUNK_BYTES = 2**26  # arrays are written in pieces of this size: client tables may be larger than what memory is left
 KEEP = 2  # the newest, and the one before for a person to go back to (remove the newest)
 
 
@@ -35,7 +36,10 @@ class Checkpoints:
     def save(self, rounds_done: int, state: PyTree, notes: dict[str, Any]) -> None:
         """Saves arrays (`state`) and small JSON facts (`notes`) under the number of rounds done."""
         if rounds_done != self.latest:
-            self._checkpointer.save(rounds_done, state, custom_metadata=notes)
+            context = ocp.Context()
+            context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+            with context:
+                self._checkpointer.save(rounds_done, state, custom_metadata=notes)
 
     def notes(self) -> dict[str, Any]:
         """The facts saved with the newest checkpoint."""

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from fedjax_rec import metrics
+from fedjax_rec.checkpoint import KEEP
 from fedjax_rec.data import clients as clients_module
 from fedjax_rec.data import features as features_module
 from fedjax_rec.data import readers, splits, synthetic
@@ -262,7 +263,8 @@ def identity(ready: Experiment) -> dict[str, Any]:
 def introduction(ready: Experiment) -> str:
     """What a person should know before a run: data, protocol, sizes."""
     sent = ready.engine.bytes_per_client()
-    need = ready.engine.memory_bytes()["total"]
+    need = ready.engine.memory_bytes()
+    saved = sum(need[part] for part in ("clients", "mail", "server")) / 2**20
     dense = f", {sent['exchange_up']:,} each way more in a guidance round" if "exchange_up" in sent else ""
     buckets = ", ".join(
         f"{b.user.shape[0]} clients of up to {b.history.shape[1]} items (blocks of {n})"
@@ -273,7 +275,8 @@ def introduction(ready: Experiment) -> str:
             splits.describe(ready.interactions, ready.split),
             f"padding        {ready.engine.clients.padding_fraction:.1%} of history slots; {buckets}",
             f"bytes          down {sent['down']:,} up {sent['up']:,} per client and round (full tables){dense}",
-            f"memory         about {need / 2**20:,.0f} MiB on {ready.engine.mesh.size} x {device_name()}",
+            f"memory         about {need['total'] / 2**20:,.0f} MiB on {ready.engine.mesh.size} x {device_name()}",
+            f"disk           about {saved:,.0f} MiB a checkpoint at most, {KEEP} are kept",
             describe(ready.protocol),
             *(["privacy        " + mechanisms.describe(mechanism)] if (mechanism := ready.config.mechanism) else []),
         ]
