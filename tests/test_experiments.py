@@ -151,3 +151,20 @@ def test_guidance_before_and_after_for_every_group(tmp_path):
     assert len({tuple(row[1:]) for row in rows}) >= 4  # every group differs, and some under the two rules
     gates = line("distinct users, followers: popular items")[1].split(", ")
     assert gates[0] != gates[1]
+
+
+def test_rows_that_are_means_of_others_crowd_together(tmp_path):
+    """Random rows have the warm rows' spread, means of 20 neighbours less; halves of the warm rows are alike."""
+    common = ["--method=cs_fcf", "--split=cold_items", "--k=10", *QUICK]
+    for cold in ("random", "knn"):
+        settings = [f"--set=cold={cold}", "--set=neighbours=20", "--set=init_std=0.5"]
+        call("launch.py", *common, *settings, f"--workdir={tmp_path / cold}")
+    command = ("experiments/alignment.py", f"--out={tmp_path / 'out'}", "--permutations=20")
+    said = call(*command, tmp_path / "random", tmp_path / "knn")
+    assert (tmp_path / "out" / "alignment.md").read_text() in said and (tmp_path / "out" / "rows.png").exists()
+    cells = [line.strip("| ").split(" | ") for line in said.splitlines() if "| 4 |" in line]
+    found = {(run, sample): tuple(map(float, rest)) for run, _, sample, *rest in cells}
+    assert len(found) == 6
+    assert found["knn", "made"][2] < 0.3 < 0.8 < found["random", "made"][2] < 1.25
+    assert found["knn", "made"][0] > 2 * found["random", "made"][0]
+    assert found["knn", "made"][1] < 0.05 < found["knn", "halves"][1]
