@@ -4,8 +4,9 @@
 
 Every run is a workdir OUT/<flagfile>/seed_<n>, made by launch.py; finished ones are not run again. A row is named by
 its flagfile, without the data set. The last column is the paired difference to --against; --claims=a>b,c>d are judged
-below the table: each client's metric is averaged over seeds, and the mean of the per-client differences is shown with
-its 95 % interval (see fedjax_rec/compare.py). A claim is true or false where the interval leaves zero out, else open.
+below the table at every cut-off: each client's metric is averaged over seeds, and the mean of the per-client
+differences is shown with its 95 % interval (see fedjax_rec/compare.py). A claim is true or false where the interval
+leaves zero out, else open.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def table(runs: dict[str, Runs]) -> str:
         cells = [f"{ranker['test'][m]:.4f}" for m in names]
         cells += ["-" if ranker[part][m] is None else f"{ranker[part][m]:.4f}" for m in wide for part in parts]
         lines.append("| " + " | ".join([f"*{name}*", *cells, "", "", ""]) + " |")
-    claims = [verdict(runs, claim, m) for claim in FLAGS.claims for m in wide if set(claim.split(">")) <= set(runs)]
+    claims = [verdict(runs, claim, m) for claim in FLAGS.claims for m in names if set(claim.split(">")) <= set(runs)]
     return "\n".join([*lines, "", *claims])
 
 

@@ -62,7 +62,7 @@ NAMED = {
     if not entry.central and name not in methods.ALIASES
 }
 # the code of another method under other settings: the loop over clients says enough
-KIN = ("fedavg", "fcf", "fedmr", "mlp_fusion", "light_mdifffr", "ifedncf", "cs_fedncf")
+KIN = ("fedavg", "fcf", "fedmr", "mlp_fusion", "light_mdifffr", "ifedncf", "cs_fcf", "cs_fedncf", "gpfedrec_anchors")
 PLAIN = {name: case for name, case in NAMED.items() if name not in KIN}
 COLD = ("mdifffr", "light_mdifffr", "ipfedrec", "ifedncf", "cs_fcf", "cs_fedncf")  # make rows of some items
 TWICE = {"redraw": "epoch", "local_epochs": 2}
