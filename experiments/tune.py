@@ -179,12 +179,13 @@ def draw_diffusion(rng, preset: str) -> dict[str, Any]:
     settings = draw_cold(rng) | {"backbone": str(rng.choice(["fedmf", "pfedrec"])), "preset": preset}
     if preset == "released":  # its optimiser is part of it
         return settings
-    return settings | {
+    settings |= {
         "condition_dim": int(rng.choice([64, 128, 256])),
         "diffusion_lr": round(log_uniform(rng, 3e-4, 5e-3), 5),
         "server_epochs": int(rng.choice([1, 3])),
         "dropout": float(rng.choice([0.0, 0.1, 0.3])),
     }
+    return settings | ({"neighbours": int(rng.choice([0, 10, 20]))} if preset == "proper" else {})
 
 
 def draw_ifedrec(rng, dim: int = 64) -> dict[str, Any]:
