@@ -87,6 +87,14 @@ def filters_from_flags() -> dict[str, float]:
     return filters
 
 
+def features_from_flags() -> dict[str, str]:
+    """--features=modality=FILE.npz, each modality once."""
+    given = assignments(FLAGS.features, "features")
+    if len(given) < len(FLAGS.features):
+        raise ValueError(f"--features={','.join(FLAGS.features)}: expected one file for each modality")
+    return given
+
+
 def number(name: str, text: str, kind: type, expected: str) -> float:
     try:
         return kind(text)
@@ -110,7 +118,7 @@ def config_from_flags():
         method=FLAGS.method,
         settings={name: getattr(chosen, name) for name in settings},
         filters=filters_from_flags(),
-        features=assignments(FLAGS.features, "features"),
+        features=features_from_flags(),
         ks=cut_offs(),
         **{
             name: FLAGS[name].value

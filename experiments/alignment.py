@@ -28,7 +28,7 @@ from scipy.spatial.distance import cdist
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from fedjax_rec import load_run
+from fedjax_rec import compare, load_run
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders, if it has moved since the runs.")
@@ -86,12 +86,13 @@ def main(argv) -> None:
         for name, (x, y) in samples.items():
             distance, p = compare_samples(x, y, rng)
             spread = y.var(0).sum() / warm.var(0).sum()
-            lines.append(f"| {workdir.name} | {run.round} | {name} | {distance:.4f} | {p:.3f} | {spread:.2f} |")
+            cells = [compare.label(workdir), run.round, name, f"{distance:.4f}", f"{p:.3f}", f"{spread:.2f}"]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
         centre = warm.mean(0)
         directions = np.linalg.svd(warm - centre, full_matrices=False)[2][:2].T
         for rows, label, colour in ((some(warm, rng), "warm", "tab:blue"), (made, "made, cold", "tab:orange")):
             axis.scatter(*((rows - centre) @ directions).T, s=4, alpha=0.5, label=label, color=colour)
-        axis.set_title(f"{workdir.name}, round {run.round}", fontsize=9)
+        axis.set_title(f"{compare.label(workdir)}, round {run.round}", fontsize=9)
         axis.legend()
     figure.savefig(out / "rows.png", dpi=120)
     (out / "alignment.md").write_text("\n".join(lines) + "\n")

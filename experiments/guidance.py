@@ -10,7 +10,7 @@ only the parts for all methods are wanted. Written to OUT/guidance.md and beside
                        training interactions, with the paired difference to the first run (FedRKG, Figure 5)
     effect             FedRKG: its clients go on to the next guidance round and are judged right before and after it,
                        under Knowledge and (of an ag run) Adaptive Guidance: relative change for --group distinct users
-                       and as many followers, and how many users gained (Table 4)
+                       and as many followers, and the share of users who gained (Table 4)
     gates              of an ag run: relative change of the gate from distinct users to followers on popular items, and
                        from cold to warm users on all items (Tables D.3 and D.4)
 
@@ -38,6 +38,7 @@ from fedjax_rec.data.clients import row_offsets
 from fedjax_rec.experiment import Experiment, prepare
 from fedjax_rec.methods import make_config
 from fedjax_rec.methods.fedrkg import gate_values, is_guidance_round
+from fedjax_rec.validate import one_of
 from fedjax_rec.workdir import read_config, read_lines
 
 FLAGS = flags.FLAGS
@@ -60,36 +61,46 @@ def convergence(path: Path, workdirs: list[Path]) -> None:
         metric = read_config(workdir)["select_metric"]
         told = [line for line in read_lines(workdir / "metrics.jsonl") if "valid" in line]
         rounds = [line["round"] for line in told]
-        axis.plot(rounds, [sum(line["valid"][m] for m in metric.split("+")) for line in told], label=workdir.name)
+        values = [metrics.read(line["valid"], metric) for line in told]
+        axis.plot(rounds, values, label=f"{compare.label(workdir)}, {metric}")
         last = max(last, *rounds)
-    settings = load_config(workdirs[0])
+    settings = guidance_of(workdirs[0])
     if settings is not None:
         for round_ in range(last):
             if is_guidance_round(settings, round_):
                 axis.axvline(round_ + 1, color="grey", linewidth=0.5, alpha=0.4, zorder=0)
-    axis.set(xlabel="round (grey: guidance)", ylabel=f"validation {metric}")
+    axis.set(xlabel="round (grey: guidance)", ylabel="validation")
     axis.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def load_config(workdir: Path):
-    """The settings of a FedRKG run, None for another method."""
+def guidance_of(workdir: Path):
+    """The settings of a FedRKG run that guides its clients, None for any other."""
     config = read_config(workdir)
-    return make_config("fedrkg", config["settings"]) if config["method"] == "fedrkg" else None
+    settings = make_config("fedrkg", config["settings"]) if config["method"] == "fedrkg" else None
+    return settings if settings and settings.guidance not in ("personal_only", "local_only") else None
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows]]
 
 
+def by_activity(length: np.ndarray) -> dict[str, np.ndarray]:
+    """The --share of users with the fewest and with the most training items."""
+    order = np.argsort(length, kind="stable")
+    count = max(round(FLAGS.share * len(order)), 1)
+    return {"cold": order[:count], "warm": order[-count:]}
+
+
 def cold_and_warm(workdirs: list[Path]) -> list[str]:
     """Metrics of the users with the fewest and the most training items, by run."""
     held = [np.load(workdir / "per_client.npz") for workdir in workdirs]
-    order = np.argsort(held[0]["train_items"], kind="stable")
-    count = max(round(FLAGS.share * len(order)), 1)
+    for name in names():
+        one_of("metric", name, set.intersection(*(set(clients.files) for clients in held)))
+    groups = by_activity(held[0]["train_items"])
     rows = []
-    for group, users in {"cold": order[:count], "warm": order[-count:]}.items():
+    for group, users in groups.items():
         for workdir, clients in zip(workdirs, held, strict=True):
             values = [clients[name][users] for name in names()]
             apart = [
@@ -97,8 +108,8 @@ def cold_and_warm(workdirs: list[Path]) -> list[str]:
                 for v, name in zip(values, names(), strict=True)
             ]
             means = [f"{np.nanmean(v):.4f}" for v in values]
-            rows.append([f"{group} ({count})", workdir.name, *means, *apart])
-    head = ["users", "run", *names(), *(f"{name} - {workdirs[0].name}" for name in names())]
+            rows.append([f"{group} ({len(users)})", compare.label(workdir), *means, *apart])
+    head = ["users", "run", *names(), *(f"{name} - {compare.label(workdirs[0])}" for name in names())]
     return [
         f"### Cold and warm users: {FLAGS.share:.0%} with the fewest and the most items",
         "",
@@ -143,9 +154,7 @@ def variant(ready: Experiment, guidance: str) -> Experiment:
 def effect(workdir: Path) -> list[str]:
     """Right before and right after the next guidance round."""
     run = load_run(workdir, data_dir=FLAGS.data_dir)
-    settings = load_config(workdir)
-    if run.experiment.method.exchange is None:
-        raise app.UsageError(f"{workdir}: guidance={settings.guidance} guides nobody; give a run with ag or kg")
+    settings = run.experiment.method.config
     groups = groups_of(run.experiment)
     due = next(r for r in range(run.round, run.round + 2 * settings.interval + 2) if is_guidance_round(settings, r))
     # with a delay guidance comes first in its round: the state before it is that of the round before
@@ -158,16 +167,18 @@ def effect(workdir: Path) -> list[str]:
         if rule != "ag":
             state = state.replace(clients={role: v for role, v in state.clients.items() if role != "gate"})
         for round_ in range(run.round, until):
-            state, _ = ready.engine.round(key, state, round_)
+            users = ready.cohort_users(round_)
+            cohort = None if users is None else ready.engine.cohort(users)
+            state, _ = ready.engine.round(key, state, round_, cohort)
         before = judged(ready, state, until)
-        own = np.asarray(state.clients["own_item"])
+        own = np.array(state.clients["own_item"])  # a copy: the exchange gives its argument away
         state, _ = ready.engine.exchange(key, state, jnp.asarray(due, jnp.int32))
         after = judged(ready, state, until)
         rows += [[f"{rule.upper()}, {name}", *changes(before, after, users)] for name, users in of_interest(groups)]
         if rule == "ag":
             gates = gate_table(ready, state, own, groups)
     head = ["", *(f"{name}: before, after, change" for name in names()), "gained", "lost"]
-    title = f"### Effect of the guidance of round {due + 1}, {workdir.name}"
+    title = f"### Effect of the guidance of round {due + 1}, {compare.label(workdir)}"
     return [title, "", *table(head, rows), "", *gates]
 
 
@@ -177,20 +188,21 @@ def of_interest(groups: Groups) -> list[tuple[str, np.ndarray]]:
 
 
 def judged(ready: Experiment, state, round_: int) -> dict[str, np.ndarray]:
-    """Test metrics and reciprocal ranks by user."""
-    ranks = ready.evaluator.ranks(ready.key, state, round_).test
-    return {**metrics.per_client(ranks, tuple(map(int, FLAGS.k))), "1/rank": np.nanmean(1.0 / ranks, axis=1)}
+    """Test metrics by user."""
+    return metrics.per_client(ready.evaluator.ranks(ready.key, state, round_).test, tuple(map(int, FLAGS.k)))
 
 
 def changes(before: dict, after: dict, users: np.ndarray) -> list[str]:
-    """Means before and after with the relative change, and users whose target rose or fell."""
+    """Means before and after with the relative change, and the shares of users whose target rose and fell."""
     pick = (lambda x: x[users]) if len(users) else (lambda x: x)
     cells = []
     for name in names():
         old, new = np.nanmean(pick(before[name])), np.nanmean(pick(after[name]))
         relative = f"{100 * (new / old - 1):+.1f} %" if old else "-"
         cells.append(f"{old:.4f}, {new:.4f}, {relative}")
-    risen, fallen = (pick(after["1/rank"]) > pick(before["1/rank"])), (pick(after["1/rank"]) < pick(before["1/rank"]))
+    old, new = pick(before["MRR"]), pick(after["MRR"])
+    counted = np.isfinite(old)
+    risen, fallen = (new > old)[counted], (new < old)[counted]
     return [*cells, f"{risen.mean():.1%}", f"{fallen.mean():.1%}"]
 
 
@@ -203,11 +215,9 @@ def gate_table(ready: Experiment, state, own: np.ndarray, groups: Groups) -> lis
         [np.asarray(of_user(jax.tree.map(lambda x, u=u: x[u], gate), own[u])) for u in range(ready.split.num_users)]
     )
     length = np.diff(row_offsets(ready.split.train.user, ready.split.num_users))
-    order = np.argsort(length, kind="stable")
-    count = max(round(FLAGS.share * len(order)), 1)
     pairs = {
         "distinct users, followers: popular items": (groups.distinct, groups.followers, groups.popular),
-        "cold users, warm users: all items": (order[:count], order[-count:], np.arange(ready.split.num_items)),
+        "cold users, warm users: all items": (*by_activity(length).values(), np.arange(ready.split.num_items)),
     }
     rows = []
     for name, (first, second, items) in pairs.items():
@@ -228,12 +238,13 @@ def main(argv) -> None:
     missing = [str(w) for w in workdirs if not (w / "per_client.npz").exists()]
     if missing:
         raise app.UsageError(f"{missing[0]}: no finished run there (no per_client.npz)")
+    compare.check_comparable([compare.read_runs(workdir) for workdir in workdirs])
     out = Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     convergence(out / "convergence.png", workdirs)
     parts = cold_and_warm(workdirs)
     for workdir in workdirs:
-        if load_config(workdir) is not None:
+        if guidance_of(workdir) is not None:
             parts += effect(workdir)
     (out / "guidance.md").write_text("\n".join(parts))
     print("\n".join(parts))

@@ -27,7 +27,7 @@ from absl import app, flags, logging
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from fedjax_rec import load_run
+from fedjax_rec import compare, load_run
 from fedjax_rec.item_sources.views import ID
 
 FLAGS = flags.FLAGS
@@ -65,7 +65,7 @@ def loss_plot(path: Path, workdirs: list[Path]) -> None:
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for workdir in workdirs:
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-        axis.plot([line["round"] for line in lines], [line["loss"] for line in lines], label=workdir.name)
+        axis.plot([line["round"] for line in lines], [line["loss"] for line in lines], label=compare.label(workdir))
     axis.set(xlabel="round", ylabel="mean training loss", title="loss")
     axis.legend()
     _save(figure, path)
@@ -154,7 +154,7 @@ def main(argv) -> None:
     tables = {}
     for workdir in workdirs:
         with np.load(workdir / "per_client.npz") as held:
-            tables[workdir.name] = dict(held)
+            tables[compare.label(workdir)] = dict(held)
     first = next(iter(tables.values()))
     known = [name for name in first if name.startswith(("HR@", "NDCG@"))]
     users_plot(out / "users.png", first)
@@ -166,14 +166,14 @@ def main(argv) -> None:
         if "router" not in said:
             continue
         operators, weights = list(run.experiment.method.config.operators), said["router"]
-        length = tables[workdir.name]["train_items"]
-        with (out / f"{workdir.name}_router.csv").open("w", newline="") as file:
+        length = tables[compare.label(workdir)]["train_items"]
+        with (out / f"{compare.label(workdir)}_router.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["user_id", "train_items", *operators])
             ids = run.experiment.interactions.user_ids.tolist()
             writer.writerows([i, n, *w] for i, n, w in zip(ids, length, weights.tolist(), strict=True))
-        router_plot(out / f"{workdir.name}_router.png", weights, operators, length)
-        items_plot(out / f"{workdir.name}_items.png", run, weights, operators, length)
+        router_plot(out / f"{compare.label(workdir)}_router.png", weights, operators, length)
+        items_plot(out / f"{compare.label(workdir)}_items.png", run, weights, operators, length)
 
 
 if __name__ == "__main__":

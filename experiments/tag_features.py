@@ -5,7 +5,10 @@
 
 The file has one line per item: how many tags, then their ids (citeulike-a's item-tag.dat); an item's raw id is its
 line, counted from 0. A tag weighs log(items / items that have it), tags of few items are left out, and rows have length
-1 before and after the truncated singular value decomposition. Interactions play no part: nothing held out can leak.
+1 before and after the truncated singular value decomposition.
+
+The interactions are not read. But CiteULike's tags were given by users who saved the article, held-out users among
+them: an item that is really new has none yet, so figures with tags tell of items that somebody has described.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ def read_tags(path: Path) -> scipy.sparse.csr_array:
     lines = path.read_text().splitlines()
     for item, line in enumerate(lines):
         fields = line.split()
-        if not all(field.isdigit() for field in fields) or int(fields[0] if fields else -1) != len(fields) - 1:
+        if not all(field.isdigit() for field in fields) or not fields or int(fields[0]) != len(fields) - 1:
             raise DataError(
                 f"{path}, line {item + 1}: {line[:40]!r}; expected a count and as many tag ids; fetch the file again"
             )
@@ -54,8 +57,12 @@ def unit_rows(x):
     return x * (1.0 / np.where(length > 0, length, 1.0))[:, None]
 
 
-def features(tags: scipy.sparse.csr_array, min_items: int, width: int) -> np.ndarray:
-    """Latent rows of length 1, float32 [items, width or fewer]; zeros for items without tags."""
+def features(tags: scipy.sparse.csr_array, min_items: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(latent rows of length 1, float32 [items, width or fewer], zeros for items without tags; which items have some)
+
+    Raises:
+        DataError: if no two tags have `min_items` items.
+    """
     items_of_tag = np.asarray(tags.sum(axis=0)).ravel()
     kept = np.flatnonzero(items_of_tag >= min_items)
     if len(kept) < 2:
@@ -65,13 +72,14 @@ def features(tags: scipy.sparse.csr_array, min_items: int, width: int) -> np.nda
     width = min(width, min(weighted.shape) - 1)
     left, size, _ = scipy.sparse.linalg.svds(weighted, k=width, rng=np.random.default_rng(0))
     order = np.argsort(-size)
-    return unit_rows(left[:, order] * size[order]).astype(np.float32)
+    present = np.asarray(weighted.count_nonzero(axis=1)) > 0
+    # rows without tags are rounding errors here, which unit_rows would blow up
+    return unit_rows(np.where(present[:, None], left[:, order] * size[order], 0.0)).astype(np.float32), present
 
 
 def main(argv) -> None:
     tags = read_tags(Path(FLAGS.tags))
-    values = features(tags, FLAGS.min_items, FLAGS.width)
-    present = np.abs(values).sum(axis=1) > 0
+    values, present = features(tags, FLAGS.min_items, FLAGS.width)
     arrays = {"values": values, "raw_ids": np.arange(len(values)), "present": present}
     with open(FLAGS.out, "wb") as file:  # by name, savez would add .npz
         np.savez(file, model=np.array(f"tags in {FLAGS.min_items} items or more"), **arrays)

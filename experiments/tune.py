@@ -1,13 +1,14 @@
-"""Chooses hyper-parameters on validation: the same search for every method and data set.
+"""Chooses hyper-parameters on validation: the same budget for every method and data set.
 
     python experiments/tune.py --data_dir=DATA --out=runs/tune --datasets=ku,ml-100k --methods=fedmf,fedvlr-fedrap
 
 For every data set and method: --trials random settings at one seed, then the --finalists best of them again at two
 more seeds; the setting with the best mean validation score over the three is chosen. None of the seeds is one that
-tables.py reports, and no test metric is recorded. Every run is one line of a file in OUT, so that an interrupted search
-goes on where it was; --shard=i/n takes every n-th pair of data set and method, for several processes.
---choose writes the chosen settings as flagfiles. A method over a backbone is named with it, like fedvlr-fedrap, and a
-cold-item split with its data set, like ku@cold_items.
+tables.py reports, and no test metric is recorded. Every run is one line of a file in OUT, so that an interrupted
+search goes on where it was; --shard=i/n takes every n-th pair of data set and method, for several processes. Ranges
+are a method's own; those of view methods were narrowed after a first search on KU, FedRKG's after one on FilmTrust,
+on validation. --choose writes the chosen settings as flagfiles. A method over a backbone is named with it, like
+fedvlr-fedrap, and a cold-item split with its data set, like ku@cold_items.
 """
 
 from __future__ import annotations
@@ -105,8 +106,9 @@ def draw_settings(method: str, trial: int) -> dict[str, Any]:
     if over:
         settings["backbone"] = backbone
     if over in ("fedvlr", "fedmr", "mlp_fusion", "fedvbpr"):
-        settings["layer_norm"] = bool(rng.choice([False, True]))
+        normed = bool(rng.choice([False, True]))
     if over == "fedvbpr":  # clients train copies by plain SGD
+        settings["layer_norm"] = normed
         fastest = 1.0 if settings["layer_norm"] else 10.0  # 7 of 8 layer-normed settings above 1.2 diverged
         settings["fusion_lr_scale"] = round(log_uniform(rng, 0.05, fastest) / lr, 5)
     elif over in ("fedvlr", "fedmr", "mlp_fusion"):  # Adam as released; by SGD a third of the settings diverged
@@ -219,8 +221,7 @@ ALONE = {
 """Methods that share no settings with the others; MDiffFR is named with its preset."""
 
 
-def run_trial(dataset: str, method: str, trial: int, seed: int, data: tuple) -> dict[str, Any]:
-    settings = draw_settings(method, trial)
+def run_trial(dataset: str, method: str, trial: int, seed: int, settings: dict, data: tuple) -> dict[str, Any]:
     config = run.RunConfig(
         method=method.split("-")[0], settings=settings, data_dir=FLAGS.data_dir, seed=seed,
         eval_every=EVAL_EVERY, patience=PATIENCE, max_buckets=2, **protocol_of(dataset),
@@ -266,7 +267,7 @@ def write_flags(dataset: str, method: str, best: list[dict[str, Any]], trials: i
     said = f"{np.mean(scores):.3f} ({min(scores):.3f} to {max(scores):.3f} over {len(best)} seeds)"
     lines = [
         f"# {method} on {dataset}: the best on validation of {trials} random settings (experiments/tune.py).",
-        f"#   python launch.py --flagfile={path} --data_dir=DATA --workdir=runs/{path.stem}",
+        f"#   python launch.py --flagfile=experiments/{path.name} --data_dir=DATA --workdir=runs/{path.stem}",
         f"# Expected: validation {protocol['select_metric']} near {said}, best at round "
         f"{max(line.get('best_round', 0) for line in best)} or before; test figures are in BUILD_NOTES.md.",
         f"--method={method.split('-')[0]}",
@@ -294,7 +295,9 @@ def main(argv) -> None:
         mine = [line for line in read_lines(path) if (line["dataset"], line["method"]) == (dataset, method)]
         if (trial, seed) in {(line["trial"], line["seed"]) for line in mine}:
             return
-        line = run_trial(dataset, method, trial, seed, data[dataset])
+        # a finalist is what was tried, whatever this file draws by now
+        tried = next((line["settings"] for line in mine if line["trial"] == trial), None)
+        line = run_trial(dataset, method, trial, seed, tried or draw_settings(method, trial), data[dataset])
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(dataset, method, trial, seed, f"{line['score']:.4f}", f"{line['seconds']:.1f} s", flush=True)

@@ -35,6 +35,12 @@ class Runs(NamedTuple):
     summaries: list[dict[str, Any]]
 
 
+def label(workdir: Path) -> str:
+    """A short name of a run's folder that also tells runs of one seed of several recipes apart."""
+    seed = workdir.name.startswith(SEED_FOLDER.format(""))
+    return f"{workdir.resolve().parent.name}_{workdir.name}" if seed else workdir.name
+
+
 def read_runs(workdir: str | os.PathLike) -> Runs:
     """The finished run, or runs of several seeds, in a workdir.
 

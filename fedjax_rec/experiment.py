@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from fedjax_rec.data.interactions import Filters, Interactions
 from fedjax_rec.data.splits import Split
 from fedjax_rec.evaluate import Evaluator, make_evaluator
 from fedjax_rec.item_sources import Catalogue
+from fedjax_rec.item_sources.views import ID
 from fedjax_rec.method import Method
 from fedjax_rec.methods import METHODS, assemble, make_config
 from fedjax_rec.privacy import mechanisms
@@ -96,6 +98,12 @@ class RunConfig:
             positive(name, getattr(self, name))
         for name in ("clients_per_round", "eval_clients", "patience", "checkpoint_every", "block_size", "devices"):
             positive(name, getattr(self, name), zero_allowed=True)
+        for name in self.features:
+            if name in ("", ID):
+                raise ValueError(
+                    f"features: a modality named {name!r}; expected a name like image or text ('{ID}' is the table "
+                    "that training makes); give --features=text=FILE.npz"
+                )
         for k in self.ks:
             positive("ks", k)
         for part in self.select_metric.split("+"):
@@ -182,10 +190,20 @@ def load_data(config: RunConfig) -> tuple[Interactions, Split, dict[str, Feature
         features = (
             features_module.load_features(config.dataset, config.data_dir, interactions) if known_features else {}
         )
-    given = {name: features_module.load_npz(path, interactions.item_ids) for name, path in config.features.items()}
-    features = {**features, **given}
+    features = {**features, **given_features(config, interactions)}
     split = splits.make(interactions, config.split, seed=config.split_seed, data_dir=config.data_dir, ties=config.ties)
     return interactions, split, features
+
+
+def given_features(config: RunConfig, interactions: Interactions) -> dict[str, Features]:
+    """The features of config.features, joined to the items."""
+    return {name: features_module.load_npz(path, interactions.item_ids) for name, path in config.features.items()}
+
+
+def features_hash(config: RunConfig, features: Mapping[str, Features]) -> dict[str, str]:
+    """What is in the features of config.features as they were joined to the items, by modality."""
+    digest = lambda feature: hashlib.sha256(feature.values.tobytes() + feature.present.tobytes()).hexdigest()[:16]
+    return {name: digest(features[name]) for name in sorted(config.features)}
 
 
 def prepare(config: RunConfig, data: tuple | None = None) -> Experiment:
@@ -252,8 +270,10 @@ def _fitting_setting(engine: Engine, need: dict[str, int], have: int) -> str:
 
 def identity(ready: Experiment) -> dict[str, Any]:
     """Everything a workdir's results depend on: the configuration with every default and layout resolved."""
+    given = {"features_hash": features_hash(ready.config, ready.features)} if ready.config.features else {}
     return {
         **ready.config.recorded(),
+        **given,
         "settings": dataclasses.asdict(ready.method.config),
         "devices": ready.engine.mesh.size,
         "block_sizes": list(ready.engine.block),
@@ -273,10 +293,11 @@ def introduction(ready: Experiment) -> str:
     return "\n".join(
         [
             splits.describe(ready.interactions, ready.split),
+            *(f"features       {name}: {ready.features[name].source}" for name in ready.config.features),
             f"padding        {ready.engine.clients.padding_fraction:.1%} of history slots; {buckets}",
             f"bytes          down {sent['down']:,} up {sent['up']:,} per client and round (full tables){dense}",
             f"memory         about {need['total'] / 2**20:,.0f} MiB on {ready.engine.mesh.size} x {device_name()}",
-            f"disk           about {saved:,.0f} MiB a checkpoint at most, {KEEP} are kept",
+            f"disk           about {saved:,.0f} MiB a checkpoint of a workdir; {KEEP} are kept",
             describe(ready.protocol),
             *(["privacy        " + mechanisms.describe(mechanism)] if (mechanism := ready.config.mechanism) else []),
         ]

@@ -32,12 +32,12 @@ from fedjax_rec.data.interactions import DataError, Filters, Interactions
 from fedjax_rec.data.sampling import epoch_steps
 from fedjax_rec.data.splits import TIE_RULES, Split
 from fedjax_rec.evaluate import client_model
-from fedjax_rec.experiment import Experiment, RunConfig, load_data, prepare
+from fedjax_rec.experiment import Experiment, RunConfig, features_hash, given_features, load_data, prepare
 from fedjax_rec.rounds import AXIS, Engine, State, publish, record_at
 from fedjax_rec.run import config_of, restore, train_state
 from fedjax_rec.types import ITEM_ROLES, Params, PyTree
 from fedjax_rec.validate import nearest, positive
-from fedjax_rec.workdir import UsageError, write_npz
+from fedjax_rec.workdir import UsageError, read_config, write_npz
 
 USERS_AT_ONCE = 4096
 
@@ -103,7 +103,8 @@ def load_run(
 
     Args:
         workdir: of a run of launch.py, `fit` or `train`.
-        interactions, split, features: the data, as handed to `fit`; None reads them again as the run did.
+        interactions, split, features: the data, as handed to `fit`; None reads them again as the run did. `features`
+            alone stand for those of `--features` (where files have moved).
         data_dir: where the data folders are now, if they have moved.
 
     Raises:
@@ -115,16 +116,21 @@ def load_run(
     config = dataclasses.replace(config, devices=1)
     if data_dir is not None:
         config = dataclasses.replace(config, data_dir=os.fspath(data_dir))
+    there = config if features is None else dataclasses.replace(config, features={})
     if interactions is not None:
-        data = _about(config, interactions, split, features)[1]
+        data = _about(there, interactions, split, features)[1]
     else:
         try:
-            data = load_data(config)
+            interactions, split, own = load_data(there)
         except DataError as error:
             raise UsageError(
-                f"{folder}: its data cannot be read again ({error}); give data_dir, or the data themselves: "
-                "load_run(workdir, interactions, split)"
+                f"{folder}: its data cannot be read again ({error}); give data_dir or features, or the data "
+                "themselves: load_run(workdir, interactions, split)"
             ) from None
+        data = interactions, split, {**own, **(features or {})}
+    missing = sorted(set(config.features) - set(data[2]))
+    if missing:
+        raise UsageError(f"{folder}: the run had features named {', '.join(missing)}; give load_run the same")
     ready = prepare(config, data)
     _check_same_data(folder, ready)
     slots = -(-ready.split.num_users // trained_on) * trained_on
@@ -155,11 +161,17 @@ def _about(config: RunConfig, interactions: Interactions, split: Split | None, f
         ties=ties,
         filters={name: value for name, value in used.items() if value != default[name]},
     )
-    return config, (interactions, split, dict(features or {}))
+    return config, (interactions, split, {**given_features(config, interactions), **(features or {})})
 
 
 def _check_same_data(folder: Path, ready: Experiment) -> None:
-    """That users and test items are those of the finished run, if it is finished."""
+    """That given features are those of the run, and users and test items too, if it is finished."""
+    told = read_config(folder).get("features_hash", {})
+    if told and told != features_hash(ready.config, ready.features):
+        raise UsageError(
+            f"{folder}: the features named {', '.join(told)} are not those the run was trained on; give load_run the "
+            "features of the run"
+        )
     path = folder / "per_client.npz"
     if not path.exists():
         return

@@ -137,13 +137,15 @@ def flagfile(config: RunConfig, best: Mapping[str, Any], metric: str, trials: in
     ]
     for field in dataclasses.fields(RunConfig):
         value = getattr(config, field.name)
-        if field.name in ("method", "settings", "filters", "data_dir") or value == getattr(default, field.name):
+        apart = field.name in ("method", "settings", "filters", "features", "data_dir")
+        if apart or value == getattr(default, field.name):
             continue
         if field.name == "ks":
             lines.append(f"--k={','.join(map(str, value))}")
         else:
             lines.append(f"--{field.name}={value}")
     lines += [f"--filter={name}={value}" for name, value in config.filters.items()]
+    lines += [f"--features={name}={path}" for name, path in config.features.items()]
     lines += [f"--set={pair}" for pair in _pairs({**config.settings, **best["settings"]})]
     return "\n".join(lines) + "\n"
 

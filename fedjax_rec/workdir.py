@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-IMMATERIAL = frozenset({"data_dir", "checkpoint_every"})
-"""Settings that may change between two starts of a run: no result depends on them."""
+IMMATERIAL = frozenset({"data_dir", "features", "checkpoint_every"})
+"""Settings that may change between two starts of a run: no result depends on them (on where features lie; what is in
+them is `features_hash`)."""
 
 
 class UsageError(ValueError):
@@ -67,7 +68,7 @@ def claim(folder: Path, config: Mapping[str, Any]) -> None:
     differing = [
         f"{name}: {held.get(name)!r} there, {given.get(name)!r} given"
         for name in sorted(held.keys() | given.keys())
-        if held.get(name) != given.get(name) and name not in IMMATERIAL
+        if held.get(name) != given.get(name) and name.split(".")[0] not in IMMATERIAL
     ]
     if differing:
         raise UsageError(

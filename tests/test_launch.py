@@ -170,6 +170,21 @@ def test_flags_reach_the_configuration(launch):
 
 
 @pytest.mark.usefixtures("typed")
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--features=text=a.npz", "--features=text=b.npz"], "expected one file for each modality"),
+        (["--features=id=a.npz"], "a modality named 'id'"),
+        (["--features==a.npz"], "a modality named ''"),
+        (["--features=a.npz"], "expected key=value"),
+    ],
+)
+def test_a_feature_file_belongs_to_one_named_modality(launch, flags, said):
+    with pytest.raises(ValueError, match=said):
+        configured(launch, *flags)
+
+
+@pytest.mark.usefixtures("typed")
 def test_flags_and_configuration_have_the_same_defaults(launch):
     from fedjax_rec.run import RunConfig
 

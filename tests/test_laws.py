@@ -62,7 +62,7 @@ NAMED = {
     if not entry.central and name not in methods.ALIASES
 }
 # the code of another method under other settings: the loop over clients says enough
-KIN = ("fedavg", "fcf", "fedmr", "mlp_fusion", "light_mdifffr", "ifedncf", "cs_fcf", "cs_fedncf", "gpfedrec_anchors")
+KIN = ("fedavg", "fcf", "fedmr", "mlp_fusion", "light_mdifffr", "ifedncf", "cs_fedncf")
 PLAIN = {name: case for name, case in NAMED.items() if name not in KIN}
 COLD = ("mdifffr", "light_mdifffr", "ipfedrec", "ifedncf", "cs_fcf", "cs_fedncf")  # make rows of some items
 TWICE = {"redraw": "epoch", "local_epochs": 2}
@@ -87,10 +87,13 @@ SPECIAL = {name: NAMED[name] for name in KIN} | {
     "views over pfedrec": Case("fedvlr", {**VIEWS, "backbone": "pfedrec", "router": "batch_mean", "batch_size": 0}),
     "views over fedrap": Case("fedvlr", {**VIEWS, "backbone": "fedrap", "operators": ("gate", "attention")}),
     "diffusion over fedncf": Case(
-        "mdifffr", {"preset": "proper", **DIFFUSION, **TOWER, "backbone": "fedncf", "sampling_noise": True}
+        "mdifffr",
+        {"preset": "proper", **DIFFUSION, **TOWER, "backbone": "fedncf", "sampling_noise": True, "neighbours": 3},
     ),
     "strong pull": Case("ipfedrec", {**PULL, "reg": 190.0, "local_epochs": 2}, "outside_all"),
-    "copies of the fusion": Case("fedvlr", {**VIEWS, "backbone": "fedrap", "update": "parameters"}, "trained_items"),
+    "copies of the fusion": Case(
+        "fedvlr", {**VIEWS, "backbone": "fedrap", "update": "parameters", "loss": "bpr"}, "trained_items"
+    ),
     "graph of distances": Case(
         "gpfedrec", {**TOWER, "affinity": "distance", "message_layers": 2, "reg": 5.0}, "outside_all"
     ),

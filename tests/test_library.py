@@ -15,6 +15,7 @@ import pytest
 import fedjax_rec as fr
 from fedjax_rec import run as run_module
 from fedjax_rec.data import synthetic
+from fedjax_rec.data.features import load_npz
 from fedjax_rec.workdir import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -196,6 +197,27 @@ def test_named_data_are_read_again(tmp_path):
     user = run.experiment.interactions.user_ids[11]
     np.testing.assert_array_equal(loaded.scores(user), run.scores(user))
     assert loaded.config.dataset == "synthetic"
+
+
+def test_features_of_a_file_belong_to_the_run(tmp_path):
+    """They are read again, may be given where the file has moved, and others are refused."""
+    feedback = fr.load("synthetic")
+    rng, path = np.random.default_rng(0), tmp_path / "made.npz"
+    np.savez(path, values=rng.standard_normal((len(feedback.item_ids), 6)), raw_ids=feedback.item_ids)
+    given = {"made": str(path)}
+    config = fr.RunConfig(settings={"dim": 4}, features=given, rounds=2, eval_every=2, max_buckets=1)
+    run = fr.fit(config, feedback, features=synthetic.make().features, workdir=tmp_path / "run")
+    assert set(run.experiment.features) == {"image", "text", "made"}
+    user = feedback.user_ids[0]
+    np.testing.assert_array_equal(fr.load_run(tmp_path / "run").scores(user), run.scores(user))
+    moved = path.rename(tmp_path / "moved.npz")
+    with pytest.raises(UsageError, match=r"made\.npz"):
+        fr.load_run(tmp_path / "run")
+    made = {"made": load_npz(moved, feedback.item_ids)}
+    np.testing.assert_array_equal(fr.load_run(tmp_path / "run", features=made).scores(user), run.scores(user))
+    made["made"].values[3] += 1.0
+    with pytest.raises(UsageError, match="features named made are not those"):
+        fr.load_run(tmp_path / "run", features=made)
 
 
 def test_cold_items_recommends_test_items_only(feedback):

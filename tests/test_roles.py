@@ -67,6 +67,17 @@ def test_sgd_step_is_the_gradient_of_the_table_with_repeated_items():
     assert_close(got, value)
 
 
+def test_bpr_is_the_mean_over_pairs_of_a_positive_and_a_negative():
+    logits = jnp.array([1.0, -2.0, 0.5, 3.0, 9.0])
+    batch = Batch(jnp.arange(5), jnp.array([1.0, 0.0, 1.0, 0.0, 1.0]), jnp.array([1.0, 1.0, 1.0, 1.0, 0.0]))
+    pairs = [(1.0, -2.0), (1.0, 3.0), (0.5, -2.0), (0.5, 3.0)]
+    expected = np.mean([np.log1p(np.exp(n - p)) for p, n in pairs])
+    np.testing.assert_allclose(roles.bayesian_personalised_ranking(logits, batch), expected, rtol=1e-6)
+    alone = batch._replace(label=jnp.ones(5))
+    assert roles.bayesian_personalised_ranking(logits, alone) == 0.0
+    assert np.isfinite(jax.grad(roles.bayesian_personalised_ranking)(logits, alone)).all()
+
+
 def test_binary_cross_entropy_is_the_mean_over_the_samples_that_are_there():
     logits = jnp.array([0.3, -2.0, 1.0, 50.0, 9.0])
     p = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))[:4]

@@ -133,7 +133,12 @@ def test_values_that_hold_commas_stand_between_semicolons():
 def test_the_flagfile_is_the_configuration(tmp_path):
     program = "import launch, sys; launch.FLAGS(['launch.py', sys.argv[1]]); print(repr(launch.config_from_flags()))"
     config = dataclasses.replace(
-        CONFIG, method="fedncf", clients_per_round=0.5, select_metric="HR@5", settings={"layers": (16, 8), "lr": 0.25}
+        CONFIG,
+        method="fedncf",
+        clients_per_round=0.5,
+        select_metric="HR@5",
+        settings={"layers": (16, 8), "lr": 0.25},
+        features={"tags": "here/tags.npz", "image": "image.npz"},
     )
     best = {"settings": {"dim": 6}, "score": 0.5, "best_round": 3}
     path = tmp_path / "best.flags"

@@ -119,11 +119,14 @@ def nearest_warm(
     unit = content / length
     k = min(k, len(warm) - int(np.isin(of, warm).any()))
     places, weights = np.zeros((len(of), k), np.int32), np.zeros((len(of), k), np.float32)
+    of_warm = unit[warm].T
     for start in range(0, len(of), 512):  # a block of similarities at a time
         block = of[start : start + 512]
-        similar = np.where(block[:, None] == warm, -np.inf, unit[block] @ unit[warm].T)
-        best = np.argpartition(-similar, k - 1, axis=1)[:, :k]
-        best = np.take_along_axis(best, np.argsort(-np.take_along_axis(similar, best, 1), axis=1, kind="stable"), 1)
+        similar = np.where(block[:, None] == warm, -np.inf, unit[block] @ of_warm)
+        least = -np.partition(-similar, k - 1, axis=1)[:, k - 1]
+        # the first k of all that are as near as the k-th: of equal ones those that come first, on every machine
+        near = [np.flatnonzero(row >= low) for row, low in zip(similar, least, strict=True)]
+        best = np.stack([ids[np.argsort(-row[ids], kind="stable")[:k]] for ids, row in zip(near, similar, strict=True)])
         value = np.maximum(np.take_along_axis(similar, best, 1), 0.0) + 1e-9
         places[start : start + 512], weights[start : start + 512] = best, value / value.sum(1, keepdims=True)
     return places, weights

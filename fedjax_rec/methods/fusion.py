@@ -14,11 +14,11 @@ per-client gradients of D and gamma.
     mlp_fusion  one MLP view, no router ("+MLP")
     fedvbpr     ID vector beside a linear map of the features; clients train copies ("+VBPR")
 
-Deviations: one rate for everything is the papers'; here D steps by lr * item_lr_scale * clients and gamma by
-lr * fusion_lr_scale, because a row's few clients are a small part of the mean. fedvbpr keeps the backbone's pointwise
-loss instead of BPR, so that only the fusion differs. `update=parameters` is the released code: clients train copies of
-D and gamma, which the server averages. Its broken gate, double softmax and per-batch layers are not reproduced, but for
-`router=batch_mean`. The L2 weight acts on D and gamma (no released model uses it).
+Deviations: one rate for everything is the papers'; here D steps by lr * item_lr_scale * clients and gamma by lr *
+fusion_lr_scale, because a row's few clients are a small part of the mean. fedvbpr keeps the backbone's pointwise
+loss, so that only the fusion differs; `loss=bpr` is the released one. `update=parameters` is the released code:
+clients train copies of D and gamma, which the server averages. Its broken gate, double softmax and per-batch layers
+are not reproduced, but for `router=batch_mean`. The L2 weight acts on D and gamma (no released model uses it).
 """
 
 from __future__ import annotations
@@ -37,11 +37,21 @@ from fedjax_rec.backbones.fused import BACKBONES, Fused, fused_backbone
 from fedjax_rec.item_sources import Catalogue, views
 from fedjax_rec.item_sources.views import ID
 from fedjax_rec.method import Batch, LocalData, Method, Server, batch_at
-from fedjax_rec.roles import IN_BOUNDS, batch_rows, binary_cross_entropy, by_role, difference, item_roles, other_roles
+from fedjax_rec.roles import (
+    IN_BOUNDS,
+    batch_rows,
+    bayesian_personalised_ranking,
+    binary_cross_entropy,
+    by_role,
+    difference,
+    item_roles,
+    other_roles,
+)
 from fedjax_rec.sharing import SERVER_OPTIMIZERS, LocalConfig, item_table
 from fedjax_rec.types import PyTree
 from fedjax_rec.validate import one_of, positive
 
+LOSSES = {"pointwise": binary_cross_entropy, "bpr": bayesian_personalised_ranking}
 ABLATIONS = ("keep", "drop", "random")
 # gamma's gradients are means over clients and small: the usual eps of 1e-3 on servers would undo their scaling
 FUSION_OPTIMIZERS = {**SERVER_OPTIMIZERS, "adam": lambda rate: optax.adam(rate, b1=0.9, b2=0.99)}
@@ -64,6 +74,7 @@ class Config(LocalConfig):
         layer_norm: after every projection, as the FedVLR code at hand has it.
         centre: features are centred on their mean over the items that training may touch.
         visual, text, ids: each modality `keep`, `drop` (zeros) or `random` (a fixed normal draw of the same scale).
+        loss: `pointwise` cross-entropy, or `bpr` over the pairs of a batch.
         noise_std: standard deviation of Gaussian noise on every client's upload, drawn once on the server with the
             variance of the weighted mean. noise_on: `gradients` of D and gamma, as in the papers' tables, or the
             `views` cotangents that are really sent.
@@ -94,6 +105,7 @@ class Config(LocalConfig):
     visual: str = "keep"
     text: str = "keep"
     ids: str = "keep"
+    loss: str = "pointwise"
     noise_std: float = 0.0
     noise_on: str = "gradients"
     l2: float = 0.0
@@ -116,6 +128,7 @@ class Config(LocalConfig):
         one_of("update", self.update, ("gradients", "parameters"))
         one_of("router", self.router, views.ROUTERS)
         one_of("noise_on", self.noise_on, ("gradients", "views"))
+        one_of("loss", self.loss, LOSSES)
         one_of("cold_ids", self.cold_ids, ("zero", "mean"))
         positive("operators", len(self.operators))
         if self.operators != ("vbpr",):
@@ -341,7 +354,7 @@ class _ClientSide:
 
     def loss(self, weights, rest, vectors, made, batch: Batch, round_):
         mixed = views.mix(weights, made)
-        value = binary_cross_entropy(self.backbone.predict(rest, vectors, mixed), batch)
+        value = LOSSES[self.config.loss](self.backbone.predict(rest, vectors, mixed), batch)
         return value + self.backbone.regulariser(vectors, mixed, batch.mask, round_)
 
     def rates(self):

@@ -17,7 +17,8 @@ presets:
               classifier-free guidance
 
 `neighbours` = k > 0 is our variant: beside the features the denoiser is told the mean row of the k warm items nearest
-to the item in content (itself left out), so that it need not learn from noisy rows what the nearest of them say.
+to the item in content (itself left out), so that it need not learn from noisy rows what the nearest of them say. They
+are chosen by the true features whatever `guidance` says.
 
 `light_mdifffr` trains the diffusion every second round (Section 4.6). `guidance` withholds the features (`none`: no
 modality token; `zero`, `random`: constant or meaningless ones), `fusion` replaces the attention (Table 4 gives no
@@ -163,7 +164,7 @@ def mdifffr(config: Config, num_users: int, num_items: int, name: str, catalogue
     """MDiffFR; see the module docstring."""
     values = conditions_of(config, name, catalogue)
     warm, cold = warm_and_cold(catalogue)
-    of_warm, of_cold = (_told(config, name, catalogue, values, index) for index in (warm, cold))
+    of_warm, of_cold = (_conditioned_on(config, name, catalogue, values, index) for index in (warm, cold))
     model = Diffusion(config.diffusion(), config.width, values.shape[1] + bool(config.neighbours) * config.width)
 
     def learn(key, state, rows, round_):
@@ -176,7 +177,7 @@ def mdifffr(config: Config, num_users: int, num_items: int, name: str, catalogue
     return with_cold_rows(plain_method(config, num_users, num_items, name), maker, catalogue)
 
 
-def _told(config: Config, name: str, catalogue: Catalogue, values: np.ndarray, of: np.ndarray):
+def _conditioned_on(config: Config, name: str, catalogue: Catalogue, values: np.ndarray, of: np.ndarray):
     """What the denoiser is told of the items `of`, given the warm rows: their features, and beside them the mean row of
     their neighbours where the configuration has any."""
     values = jnp.asarray(values[of])
