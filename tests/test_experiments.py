@@ -6,13 +6,20 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICKLY = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # less compiler work in the processes, too
+COMPILED = tempfile.TemporaryDirectory(prefix="compiled_")  # what one process has compiled serves the next
+QUICKLY = {
+    **os.environ,
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # less compiler work in the processes, too
+    "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+}
 
 FLAGFILES = """
 import pathlib, sys
