@@ -65,7 +65,7 @@ def main(argv) -> None:
         raise app.UsageError("no workdir given, expected those of runs on a cold-item split")
     out = Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
-    lines = ["| run | rounds | rows | distance | p | spread |", "|---|---|---|---|---|---|"]
+    lines = []
     figure, axes = plt.subplots(
         1, len(workdirs), figsize=(4 * len(workdirs), 4), layout="constrained", squeeze=False, sharex=True, sharey=True
     )
@@ -86,8 +86,8 @@ def main(argv) -> None:
         for name, (x, y) in samples.items():
             distance, p = compare_samples(x, y, rng)
             spread = y.var(0).sum() / warm.var(0).sum()
-            cells = [compare.label(workdir), run.round, name, f"{distance:.4f}", f"{p:.3f}", f"{spread:.2f}"]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
+            numbers = f"{distance:.4f}", f"{p:.3f}", f"{spread:.2f}"
+            lines.append([compare.label(workdir), str(run.round), name, *numbers])
         centre = warm.mean(0)
         directions = np.linalg.svd(warm - centre, full_matrices=False)[2][:2].T
         for rows, label, colour in ((some(warm, rng), "warm", "tab:blue"), (made, "made, cold", "tab:orange")):
@@ -95,8 +95,9 @@ def main(argv) -> None:
         axis.set_title(f"{compare.label(workdir)}, round {run.round}", fontsize=9)
         axis.legend()
     figure.savefig(out / "rows.png", dpi=120)
-    (out / "alignment.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    text = compare.markdown("### Rows made and warm", ["run", "rounds", "rows", "distance", "p", "spread"], lines)
+    (out / "alignment.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

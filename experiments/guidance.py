@@ -82,10 +82,6 @@ def guidance_of(workdir: Path):
     return settings if settings and settings.guidance not in ("personal_only", "local_only") else None
 
 
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows]]
-
-
 def by_activity(length: np.ndarray) -> dict[str, np.ndarray]:
     """The --share of users with the fewest and with the most training items."""
     order = np.argsort(length, kind="stable")
@@ -93,7 +89,7 @@ def by_activity(length: np.ndarray) -> dict[str, np.ndarray]:
     return {"cold": order[:count], "warm": order[-count:]}
 
 
-def cold_and_warm(workdirs: list[Path]) -> list[str]:
+def cold_and_warm(workdirs: list[Path]) -> str:
     """Metrics of the users with the fewest and the most training items, by run."""
     held = [np.load(workdir / "per_client.npz") for workdir in workdirs]
     for name in names():
@@ -110,12 +106,8 @@ def cold_and_warm(workdirs: list[Path]) -> list[str]:
             means = [f"{np.nanmean(v):.4f}" for v in values]
             rows.append([f"{group} ({len(users)})", compare.label(workdir), *means, *apart])
     head = ["users", "run", *names(), *(f"{name} - {compare.label(workdirs[0])}" for name in names())]
-    return [
-        f"### Cold and warm users: {FLAGS.share:.0%} with the fewest and the most items",
-        "",
-        *table(head, rows),
-        "",
-    ]
+    title = f"### Cold and warm users: {FLAGS.share:.0%} with the fewest and the most items"
+    return compare.markdown(title, head, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +143,7 @@ def variant(ready: Experiment, guidance: str) -> Experiment:
     return dataclasses.replace(made, engine=engine, evaluator=dataclasses.replace(made.evaluator, engine=engine))
 
 
-def effect(workdir: Path) -> list[str]:
+def effect(workdir: Path) -> str:
     """Right before and right after the next guidance round."""
     run = load_run(workdir, data_dir=FLAGS.data_dir)
     settings = run.experiment.method.config
@@ -176,10 +168,10 @@ def effect(workdir: Path) -> list[str]:
         after = judged(ready, state, until)
         rows += [[f"{rule.upper()}, {name}", *changes(before, after, users)] for name, users in of_interest(groups)]
         if rule == "ag":
-            gates = gate_table(ready, state, own, groups)
+            gates = [gate_table(ready, state, own, groups)]
     head = ["", *(f"{name}: before, after, change" for name in names()), "gained", "lost"]
     title = f"### Effect of the guidance of round {due + 1}, {compare.label(workdir)}"
-    return [title, "", *table(head, rows), "", *gates]
+    return "\n".join([compare.markdown(title, head, rows), *gates])
 
 
 def of_interest(groups: Groups) -> list[tuple[str, np.ndarray]]:
@@ -206,7 +198,7 @@ def changes(before: dict, after: dict, users: np.ndarray) -> list[str]:
     return [*cells, f"{risen.mean():.1%}", f"{fallen.mean():.1%}"]
 
 
-def gate_table(ready: Experiment, state, own: np.ndarray, groups: Groups) -> list[str]:
+def gate_table(ready: Experiment, state, own: np.ndarray, groups: Groups) -> str:
     """Mean gates by group: as values, and as their logits."""
     guide = state.server.shared["guide"]
     gate = state.clients["gate"]
@@ -227,7 +219,7 @@ def gate_table(ready: Experiment, state, own: np.ndarray, groups: Groups) -> lis
             cells += [f"{one:.5f}, {two:.5f}", f"{100 * (two - one) / one:+.2f} %" if one else "-"]
         rows.append([name, *cells])
     head = ["groups", "gate", "change", "logit", "change"]
-    return ["### Gates", "", *table(head, rows), ""]
+    return compare.markdown("### Gates", head, rows)
 
 
 def main(argv) -> None:
@@ -242,10 +234,10 @@ def main(argv) -> None:
     out = Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     convergence(out / "convergence.png", workdirs)
-    parts = cold_and_warm(workdirs)
+    parts = [cold_and_warm(workdirs)]
     for workdir in workdirs:
         if guidance_of(workdir) is not None:
-            parts += effect(workdir)
+            parts.append(effect(workdir))
     (out / "guidance.md").write_text("\n".join(parts))
     print("\n".join(parts))
 

@@ -28,7 +28,7 @@ from absl import app, flags, logging
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from fedjax_rec import load_run, run
+from fedjax_rec import compare, load_run, run
 from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.item_sources.cold import side_by_side
 from fedjax_rec.privacy import accounting, attacks, mechanisms
@@ -87,11 +87,6 @@ def summary_of(name: str, chosen: run.RunConfig) -> dict:
             print(f"{name}: {error}")
             return {}
     return json.loads(path.read_text())
-
-
-def markdown(title: str, head: list[str], rows: list[list[str]]) -> str:
-    lines = [f"**{title}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows), ""])
 
 
 def shown(value: float | None) -> str:
@@ -155,7 +150,7 @@ def utility() -> str:
     delta = ready.config.dp_delta
     title = f"FedRKG on {FLAGS.dataset}, steps clipped to {FLAGS.clip:g}, {FLAGS.rounds} rounds, delta {delta:g}"
     head = ["mechanism", "noise", "epsilon", "of the values alone", *names(), "round"]
-    return markdown(title, head, rows)
+    return compare.markdown(f"**{title}**", head, rows)
 
 
 def _with_noise(ready):
@@ -182,7 +177,7 @@ def laplace() -> str:
     levels = {name: rankers[name]["test"][names()[-1]] for name in known}
     draw(Path(FLAGS.out) / "laplace.png", {"mdifffr": (x, y)}, levels, "intensity of the noise on uploads", "linear")
     title = f"MDiffFR on cold items of {FLAGS.dataset}, Laplace noise on uploads (not clipped, so no epsilon)"
-    return markdown(title, ["intensity", *names(), "round"], rows)
+    return compare.markdown(f"**{title}**", ["intensity", *names(), "round"], rows)
 
 
 def inversions() -> str:
@@ -206,7 +201,7 @@ def inversions() -> str:
         share = f"{attacks.noise_share(made):.3f}"
         rows += [[maker, by, *(f"{one[m]:.4f}" for m in measures), share] for by, one in found.items()]
     title = f"Inversion of cold items' rows on {FLAGS.dataset}, 20 % of the pairs leaked"
-    return markdown(title, ["rows of", "guess", *measures, "share of noise"], rows)
+    return compare.markdown(f"**{title}**", ["rows of", "guess", *measures, "share of noise"], rows)
 
 
 def probes() -> str:
@@ -236,7 +231,7 @@ def probes() -> str:
         whole = shown(said["privacy"]["epsilon"]) if noise else "none"
         rows.append([f"{noise:g}", whole, *(f"{float(found[m]):.3f}" for m in measures), *cells(said["test"])])
     title = f"Probes of FedMF's uploads on {FLAGS.dataset} (AUC; `found`: share of the history among as many guesses)"
-    return markdown(title, ["noise", "epsilon", *measures, *names()], rows)
+    return compare.markdown(f"**{title}**", ["noise", "epsilon", *measures, *names()], rows)
 
 
 def paper() -> str:
@@ -248,7 +243,7 @@ def paper() -> str:
             row.append(shown(accounting.epsilon((accounting.Release("gaussian", 1e-3, sensitivity, steps),), 1e-5)))
         rows.append(row)
     title = "FedRKG's setting: sigma 0.001, delta 1e-5, by noisy steps of a client"
-    return markdown(title, ["steps", "epsilon, sensitivity 0.1", "two data sets, 0.1 each way"], rows)
+    return compare.markdown(f"**{title}**", ["steps", "epsilon, sensitivity 0.1", "two data sets, 0.1 each way"], rows)
 
 
 PARTS = {

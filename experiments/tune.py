@@ -112,7 +112,7 @@ def draw_settings(method: str, trial: int) -> dict[str, Any]:
         fastest = 1.0 if settings["layer_norm"] else 10.0  # 7 of 8 layer-normed settings above 1.2 diverged
         settings["fusion_lr_scale"] = round(log_uniform(rng, 0.05, fastest) / lr, 5)
     elif over in ("fedvlr", "fedmr", "mlp_fusion"):  # Adam as released; by SGD a third of the settings diverged
-        settings["layer_norm"] = False  # on KU everything with it was below what had none
+        settings["layer_norm"] = False  # on KU FedVLR was best without
         settings["fusion_optimizer"] = "adam"
         settings["fusion_lr_scale"] = round(log_uniform(rng, 2e-5, 3e-3) / lr, 8)
     if over in ("fedvlr", "fedmr"):

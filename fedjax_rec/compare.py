@@ -138,6 +138,12 @@ def compare(workdirs: Sequence[str | os.PathLike], names: Sequence[str] = ()) ->
     return "\n".join([title, *aligned([head, *rows])])
 
 
+def markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown under its title, with an empty line at the end."""
+    lines = [title, "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows), ""])
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table: first column to the left, the others to the right, a rule under the head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -132,6 +132,14 @@ def nearest_warm(
     return places, weights
 
 
+def neighbour_means(
+    content: Float[np.ndarray, "items feat"], warm: np.ndarray, of: np.ndarray, k: int
+) -> Callable[[Float[Array, "warm width"]], Float[Array, "of width"]]:
+    """A function of the warm rows: the weighted mean row of the k warm items nearest to each of the items `of`."""
+    places, weights = map(jnp.asarray, nearest_warm(content, warm, of, k))
+    return lambda rows: jnp.einsum("nk,nkd->nd", weights, rows[places])
+
+
 def ridge_map(content: Float[np.ndarray, "items feat"], warm: np.ndarray, l2: float) -> Float[np.ndarray, "feat warm"]:
     """P such that P @ (warm rows) is the ridge regression of rows on features, l2 relative to the features' mean
     energy."""

@@ -21,7 +21,7 @@ from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.item_sources.cold import (
     RowMaker,
     conditions,
-    nearest_warm,
+    neighbour_means,
     ridge_map,
     side_by_side,
     warm_and_cold,
@@ -61,8 +61,8 @@ def content_cold(config: Config, num_users: int, num_items: int, name: str, cata
     content = side_by_side(catalogue, name)
     warm, cold = warm_and_cold(catalogue)
     if config.cold == "knn":
-        places, weights = map(jnp.asarray, nearest_warm(content, warm, cold, config.neighbours))
-        make = lambda key, state, rows: jnp.einsum("ck,ckd->cd", weights, rows[places])
+        means = neighbour_means(content, warm, cold, config.neighbours)
+        make = lambda key, state, rows: means(rows)
     elif config.cold == "map":
         values = np.concatenate([conditions(catalogue, name, 0), np.ones((num_items, 1), np.float32)], axis=1)
         fit, told = jnp.asarray(ridge_map(values, warm, config.ridge)), jnp.asarray(values[cold])

@@ -41,7 +41,7 @@ from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.item_sources.cold import (
     RowMaker,
     conditions,
-    nearest_warm,
+    neighbour_means,
     side_by_side,
     warm_and_cold,
     with_cold_rows,
@@ -184,11 +184,11 @@ def _conditioned_on(config: Config, name: str, catalogue: Catalogue, values: np.
     if not config.neighbours:
         return lambda rows: values
     warm, _ = warm_and_cold(catalogue)
-    places, weights = map(jnp.asarray, nearest_warm(side_by_side(catalogue, name), warm, of, config.neighbours))
+    means = neighbour_means(side_by_side(catalogue, name), warm, of, config.neighbours)
 
     def told(rows):
         unit = (rows - rows.mean(0)) / jnp.maximum(rows.std(0), 1e-6)
-        return jnp.concatenate([values, jnp.einsum("nk,nkd->nd", weights, unit[places])], axis=1)
+        return jnp.concatenate([values, means(unit)], axis=1)
 
     return told
 
