@@ -40,6 +40,7 @@ flags.DEFINE_float("clients_per_round", 0, "Clients in a round: a number, a shar
 flags.DEFINE_integer("eval_every", 10, "Rounds between evaluations.")
 flags.DEFINE_integer("eval_clients", 0, "Evaluate on so many clients, drawn once; 0 for all.")
 flags.DEFINE_list("k", ["10", "50"], "Cut-offs of the metrics.")
+flags.DEFINE_string("ndcg", "correct", "correct, or released: NDCG_released@k beside it, to compare with papers alone.")
 flags.DEFINE_string("select_metric", "NDCG@10", "Validation metric that selects the round, or a sum of some, A+B.")
 flags.DEFINE_integer("patience", 0, "Stop after so many rounds without improvement on validation; 0 for never.")
 flags.DEFINE_integer("checkpoint_every", 100, "Rounds between checkpoints; 0 for only at the end.")
@@ -124,7 +125,7 @@ def config_from_flags():
             name: FLAGS[name].value
             for name in (
                 "dataset", "data_dir", "split", "split_seed", "ties", "filmtrust_time", "protocol", "ranking", "rounds",
-                "seed", "clients_per_round", "eval_every", "eval_clients", "select_metric", "patience",
+                "seed", "clients_per_round", "eval_every", "eval_clients", "ndcg", "select_metric", "patience",
                 "checkpoint_every", "block_size", "max_buckets", "devices", "dp_mechanism", "dp_clip", "dp_noise",
                 "dp_rows", "dp_delta",
             )
@@ -208,7 +209,7 @@ def main(argv: list[str]) -> int:
 
         home = workdir()
         # what is not given on the command line is as in the run
-        given = {name: FLAGS[name].value for name in ("ranking", "eval_clients") if FLAGS[name].present}
+        given = {name: FLAGS[name].value for name in ("ranking", "eval_clients", "ndcg") if FLAGS[name].present}
         if FLAGS["k"].present:
             given["ks"] = cut_offs()
         print(report.table(run.evaluate(home, **given)))

@@ -49,6 +49,7 @@ class RunConfig:
         eval_every: rounds between evaluations; the last round is always evaluated.
         eval_clients: evaluate only so many clients (drawn once), 0 for all.
         ks: cut-offs of the metrics.
+        ndcg: correct, or released to have NDCG_released@k beside it (see metrics.per_client).
         select_metric: the validation metric that selects the round; names joined by `+` select by their sum.
         patience: stop after so many rounds without a better validation result, 0 for never.
         checkpoint_every: rounds between checkpoints, 0 for only at the end and when stopped.
@@ -77,6 +78,7 @@ class RunConfig:
     eval_every: int = 10
     eval_clients: int = 0
     ks: tuple[int, ...] = (10, 50)
+    ndcg: str = "correct"
     select_metric: str = "NDCG@10"
     patience: int = 0
     checkpoint_every: int = 100
@@ -94,6 +96,7 @@ class RunConfig:
         one_of("split", self.split, ("leave_one_out", "given", "cold_items"))
         one_of("protocol", self.protocol, ("honest", "published"))
         one_of("ranking", self.ranking, ("full", "sampled_99"))
+        one_of("ndcg", self.ndcg, metrics.NDCGS)
         for name in ("rounds", "eval_every", "max_buckets"):
             positive(name, getattr(self, name))
         for name in ("clients_per_round", "eval_clients", "patience", "checkpoint_every", "block_size", "devices"):
@@ -107,7 +110,7 @@ class RunConfig:
         for k in self.ks:
             positive("ks", k)
         for part in self.select_metric.split("+"):
-            one_of("select_metric", part, metrics.per_client(np.ones((1, 1)), tuple(self.ks)))
+            one_of("select_metric", part, metrics.per_client(np.ones((1, 1)), *self.judged))
         between("seed", self.seed, 0, 2**31 - 1)
         one_of("dp_mechanism", self.dp_mechanism, ("none", *mechanisms.DRAW))
         positive("dp_delta", self.dp_delta)
@@ -121,6 +124,11 @@ class RunConfig:
             raise ValueError(f"clients_per_round={self.clients_per_round}: expected a share <= 1 or a whole number")
 
     @property
+    def judged(self) -> tuple[tuple[int, ...], str]:
+        """What metrics.per_client wants beside the ranks."""
+        return tuple(self.ks), self.ndcg
+
+    @property
     def mechanism(self) -> mechanisms.Mechanism | None:
         """What clients do to their uploads, if anything."""
         if self.dp_mechanism == "none":
@@ -128,10 +136,10 @@ class RunConfig:
         return mechanisms.Mechanism(self.dp_mechanism, self.dp_clip, self.dp_noise, self.dp_rows)
 
     def recorded(self) -> dict[str, Any]:
-        """As it stands in config.json: later settings (features, dp) only where they differ from their defaults, so
-        that runs without any are recorded as they were before there were such settings."""
+        """As it stands in config.json: later settings (features, ndcg, dp) only where they differ from their defaults,
+        so that runs without any are recorded as they were before there were such settings."""
         default = {field.name: field.default for field in dataclasses.fields(self) if field.name.startswith("dp_")}
-        default["features"] = {}
+        default |= {"features": {}, "ndcg": "correct"}
         said = dataclasses.asdict(self)
         return {name: value for name, value in said.items() if name not in default or value != default[name]}
 

@@ -13,13 +13,18 @@ from typing import Any
 import numpy as np
 
 WORST_SHARE = 0.1
+NDCGS = ("correct", "released")
 
 
-def per_client(ranks: np.ndarray, ks: tuple[int, ...]) -> dict[str, np.ndarray]:
+def per_client(ranks: np.ndarray, ks: tuple[int, ...], ndcg: str = "correct") -> dict[str, np.ndarray]:
     """Every metric for every client, [users]; NaN for a client without targets.
 
     HR@k: any hit. Recall@k: hits / targets. Precision@k: hits / k. NDCG@k: sum of 1 / log2(rank + 1) over hits,
     over its largest possible value. MRR: 1 / best rank.
+
+    `ndcg="released"` adds NDCG_released@k, what the evaluators released with IFedRec and MDiffFR call NDCG: they take
+    the k items in the order of their ids, not of their ranks. Ids are shuffled here, so this is its mean over all
+    orders. It falls with k even for a perfect ranking, and serves to compare with those papers alone.
     """
     known = ~np.isnan(ranks)
     targets = known.sum(1)
@@ -32,11 +37,14 @@ def per_client(ranks: np.ndarray, ks: tuple[int, ...]) -> dict[str, np.ndarray]:
         best_k = safe[:, :k]  # tied targets can share a rank <= k, but a list holds only k of them
         hit = best_k <= k
         gains = np.where(hit, 1.0 / np.log2(np.where(hit, best_k, 1.0) + 1.0), 0.0).sum(1)
-        ideal = np.cumsum(1.0 / np.log2(np.arange(2, k + 2)))[np.clip(targets, 1, k) - 1]
+        discounts = 1.0 / np.log2(np.arange(2, k + 2))
+        ideal = np.cumsum(discounts)[np.clip(targets, 1, k) - 1]
         values[f"HR@{k}"] = nan_where_empty(hit.any(1).astype(float))
         values[f"Recall@{k}"] = nan_where_empty(hit.sum(1) / np.maximum(targets, 1))
         values[f"Precision@{k}"] = nan_where_empty(hit.sum(1) / k)
         values[f"NDCG@{k}"] = nan_where_empty(gains / ideal)
+        if ndcg == "released":
+            values[f"NDCG_released@{k}"] = nan_where_empty(hit.sum(1) * discounts.mean() / ideal)
     values["MRR"] = nan_where_empty(1.0 / best)
     return values
 
@@ -46,9 +54,9 @@ def read(values: Mapping[str, Any], name: str) -> Any:
     return sum(values[part] for part in name.split("+"))
 
 
-def summarise(ranks: np.ndarray, ks: tuple[int, ...]) -> dict[str, float]:
+def summarise(ranks: np.ndarray, ks: tuple[int, ...], ndcg: str = "correct") -> dict[str, float]:
     """Means over the clients with targets, with their number under `clients`."""
-    values = per_client(ranks, ks)
+    values = per_client(ranks, ks, ndcg)
     counted = ~np.isnan(values["MRR"])
     count = int(counted.sum())
     means = {name: float(v[counted].sum() / count) if count else float("nan") for name, v in values.items()}

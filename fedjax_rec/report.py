@@ -18,7 +18,8 @@ PARTS = ("test", "test_seen", "test_unseen")
 
 def table(summary: Mapping[str, Any]) -> str:
     """The selected round beside the training-free rankers."""
-    chosen = [n for n in summary["test"] if n.startswith(("HR@", "NDCG@"))]
+    hits = "Recall@" if summary["split"] == "cold_items" else "HR@"  # cold items: a client may have several targets
+    chosen = [n for n in summary["test"] if n.startswith((hits, "NDCG@", "NDCG_released@"))]
     head = ["", *(f"{n}" for n in chosen), "seen " + chosen[0], "unseen " + chosen[0]]
     rows = [_row(f"{summary['method']} (round {summary.get('round') or summary['best_round']})", summary, chosen)]
     rows += [_row(name, said, chosen) for name, said in summary["reference_rankers"].items()]

@@ -28,19 +28,19 @@ class Best:
 
 def results_of(ready: Experiment, ranks: Ranks) -> dict[str, Any]:
     """Everything that is said of one set of ranks."""
-    ks, split = ready.config.ks, ready.split
+    split, judged = ready.split, ready.config.judged
     popularity = reference.popularity_of(split)
     seen = seen_targets(split, ranks.test)
     top = min(TOP, split.num_items)
     return {
-        "valid": metrics.summarise(ranks.valid, ks),
+        "valid": metrics.summarise(ranks.valid, *judged),
         "test": {
-            **metrics.summarise(ranks.test, ks),
+            **metrics.summarise(ranks.test, *judged),
             **metrics.beyond_accuracy(ranks.recommended, popularity, top),
             "MRR_worst_decile": metrics.worst_decile(ranks.test),
         },
-        "test_seen": metrics.summarise(np.where(seen, ranks.test, np.nan), ks),
-        "test_unseen": metrics.summarise(np.where(seen, np.nan, ranks.test), ks),
+        "test_seen": metrics.summarise(np.where(seen, ranks.test, np.nan), *judged),
+        "test_unseen": metrics.summarise(np.where(seen, np.nan, ranks.test), *judged),
     }
 
 
@@ -73,7 +73,7 @@ def per_client_table(ready: Experiment, best: Best) -> dict[str, np.ndarray]:
         "test_rank": best.ranks.test,
         "test_item": np.append(ready.interactions.item_ids.astype(str), "")[items],
         "test_seen": seen_targets(split, best.ranks.test),
-        **metrics.per_client(best.ranks.test, ready.config.ks),
+        **metrics.per_client(best.ranks.test, *ready.config.judged),
     }
 
 

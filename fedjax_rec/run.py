@@ -159,14 +159,14 @@ def evaluate(workdir: str | os.PathLike, **changes: Any) -> dict[str, Any]:
 
     Args:
         workdir: of a trained run.
-        changes: replacements for evaluation settings of its configuration: ranking, eval_clients, ks.
+        changes: replacements for evaluation settings of its configuration: ranking, eval_clients, ks, ndcg.
 
     Raises:
         UsageError: if there is no run or no checkpoint there.
     """
     folder = Path(workdir)
     config = config_of(folder)
-    known = metrics.per_client(np.ones((1, 1)), changes.get("ks", config.ks))
+    known = metrics.per_client(np.ones((1, 1)), changes.get("ks", config.ks), changes.get("ndcg", config.ndcg))
     if "select_metric" not in changes and not set(config.select_metric.split("+")) <= set(known):
         changes["select_metric"] = "MRR"
     ready = prepare(dataclasses.replace(config, **changes))
@@ -174,7 +174,7 @@ def evaluate(workdir: str | os.PathLike, **changes: Any) -> dict[str, Any]:
     ranks = ready.evaluator.ranks(ready.key, state, done, ready.eval_cohort)
     _check_finite(ranks, done)
     said = {
-        **{k: getattr(ready.config, k) for k in ("method", "dataset", "protocol", "ranking", "seed")},
+        **{k: getattr(ready.config, k) for k in ("method", "dataset", "split", "protocol", "ranking", "seed")},
         "leaks": list(ready.protocol.leaks),
         "round": done,
         **results_of(ready, ranks),
@@ -247,8 +247,8 @@ def _one_round(ready: Experiment, state: State, best: Best | None, round_: int, 
         ranks = ready.evaluator.ranks(ready.key, state, round_ + 1, ready.eval_cohort)
         seconds["evaluate"] = time.perf_counter() - began
         _check_finite(ranks, round_ + 1)
-        line["valid"] = metrics.summarise(ranks.valid, config.ks)
-        line["test"] = metrics.summarise(ranks.test, config.ks)
+        line["valid"] = metrics.summarise(ranks.valid, *config.judged)
+        line["test"] = metrics.summarise(ranks.test, *config.judged)
         value = metrics.read(line["valid"], config.select_metric)
         if better(ready.protocol, value, best):
             best = Best(round_ + 1, value, ranks)

@@ -245,8 +245,9 @@ def test_starting_again_goes_on_and_finishes(stopped, folder):
 
 def test_evaluation_takes_from_the_run_what_the_command_line_does_not_give(stopped, typed, folder):
     last = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    code, output, error = typed("--mode=evaluate", f"--workdir={folder / 'run'}")
+    code, output, error = typed("--mode=evaluate", f"--workdir={folder / 'run'}", "--ndcg=released")
     assert code == 0, error
+    assert "NDCG_released@5" in output
     said = json.loads((folder / "run" / "evaluation.json").read_text())["test"]
     assert "HR@5" in said and "HR@50" not in said
     assert "HR@5" in output
