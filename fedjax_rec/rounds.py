@@ -289,6 +289,18 @@ def restrict_client(clients: Client, slot: Int[Array, ""], rows: Int[Array, "row
     return {role: take(role) for role in clients}
 
 
+def read_once(clients: Client, slot: Int[Array, ""], steps: Int[Array, ""]) -> Client:
+    """`restrict_client` to whole tables whose result is stored, for the only client of a block.
+
+    XLA on the CPU works out a slice again wherever its result is used. A method that compares what it has trained with
+    what it began with uses it after the new state was written over the old, and XLA then copied all clients' state
+    for each of them. A loop whose length it cannot know (it is 1) is not taken apart.
+    """
+    read = functools.partial(restrict_client, clients, slot, None)
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(read))
+    return jax.lax.fori_loop(0, jnp.minimum(steps + 1, 1), lambda _, held: read(), empty)
+
+
 def store_clients(clients: Client, slots: Int[Array, "block"], rows: Int[Array, "block rows"] | None, new: Client):
     """Writes a block's clients back; padding slots and rows are dropped."""
 
@@ -313,14 +325,18 @@ def local_step(
     slot: Int[Array, ""],
     record: Record,
     steps: Int[Array, ""],
+    alone: bool = False,
 ) -> Step:
-    """Draw, download, train, upload: one client of a block."""
+    """Draw, download, train, upload: one client of a block, `alone` if it is the only one."""
     k_draw, k_train, k_upload = streams(client_key(key, round_, record.user))
     data = draw_local_data(k_draw, record, method.sampling, size, num_items, pool, steps, round_)
     rows = None if size.dense else data.rows
     shared = each_round(method, shared)
     view = shared if size.dense else restrict(shared, data.rows)
+    tables = ITEM_ROLES & clients.keys()
     client = restrict_client(clients, slot, rows)
+    if alone and size.dense and tables:
+        client |= read_once({role: clients[role] for role in tables}, slot, steps)
     mine = jax.tree.map(lambda x: x.at[slot].get(mode="clip"), mail)
     params = method.download(view, mine, client, data)
     params, update, info = method.local_update(k_train, view, params, data)
@@ -436,7 +452,7 @@ def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, coh
             run = functools.partial(
                 local_step, method, size, spec.num_items, pool, key, round_, shared, clients, letters
             )
-            done = jax.vmap(lambda s, r: run(s, r, steps))(slot, record)
+            done = jax.vmap(lambda s, r: run(s, r, steps, block == 1))(slot, record)
             rows = None if size.dense else done.rows
             weight = done.weight * real
             clients = store_clients(clients, slot, rows, done.client)

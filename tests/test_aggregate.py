@@ -152,3 +152,20 @@ def test_tables_over_the_mail_are_held_once(name, settings):
     memory = lowered.compile().memory_analysis()
     assert memory.alias_size_in_bytes >= table
     assert memory.temp_size_in_bytes < table  # some slices of 64 items, and [users, users] or the clusters
+
+
+@pytest.mark.parametrize("name", ["fedrap", "plgc", "fedrkg"])
+def test_private_tables_are_held_once(name):
+    """The compiled round writes every client's new table over its old one, also in blocks of one client."""
+    users, items, dim, key = 60, 200, 8, jax.random.key(1)
+    split = splits.leave_one_out(
+        synthetic.make(users, items, min_history=40, median_history=60, max_history=90).interactions
+    )
+    method = methods.build(name, users, items, dim=dim, negatives=4)
+    engine = rounds.make_engine(method, clients.build(split, max_buckets=1), block_size=1)
+    assert engine.sizes[0].dense
+    state, tables = engine.init(key), users * items * dim * 4
+    shared = rounds.publish(engine, key, state.server, 0)
+    arguments = (engine, key, shared, state.clients, state.mail, jnp.int32(0), engine.everybody)
+    compiled = rounds.client_round.lower(*arguments).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < tables / 4
