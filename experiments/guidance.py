@@ -198,6 +198,12 @@ def changes(before: dict, after: dict, users: np.ndarray) -> list[str]:
     return [*cells, f"{risen.mean():.1%}", f"{fallen.mean():.1%}"]
 
 
+def logit(gate: np.ndarray) -> np.ndarray:
+    """A float32 gate that is shut or open to the last bit counts as one that is not quite."""
+    gate = np.clip(gate, 2.0**-24, 1 - 2.0**-24)
+    return np.log(gate) - np.log1p(-gate)
+
+
 def gate_table(ready: Experiment, state, own: np.ndarray, groups: Groups) -> str:
     """Mean gates by group: as values, and as their logits."""
     guide = state.server.shared["guide"]
@@ -214,7 +220,7 @@ def gate_table(ready: Experiment, state, own: np.ndarray, groups: Groups) -> str
     rows = []
     for name, (first, second, items) in pairs.items():
         cells = []
-        for show in (lambda g: g, lambda g: np.log(g) - np.log1p(-g)):
+        for show in (lambda g: g, logit):
             one, two = (show(values[np.ix_(users, items)].astype(np.float64)).mean() for users in (first, second))
             cells += [f"{one:.5f}, {two:.5f}", f"{100 * (two - one) / one:+.2f} %" if one else "-"]
         rows.append([name, *cells])
