@@ -6,15 +6,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import pytest
+import quick
 
 from fedjax_rec.data.readers import DATASETS
 from fedjax_rec.system import spare_maps
 
-jax.config.update("jax_num_cpu_devices", 4)  # before any device is used: tests of the mesh need several
-# nearly all time goes into compiling: a third less of it. What users run is tested by the commands run as processes
-jax.config.update("jax_disable_most_optimizations", True)
+quick.in_this_process()  # before any device is used
 
 REAL_DATA = Path(os.environ.get("FEDJAX_REC_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import quick
 
 ROOT = Path(__file__).resolve().parents[1]
-COMPILED = tempfile.TemporaryDirectory(prefix="compiled_")  # what one process has compiled serves the next
-QUICKLY = {
-    **os.environ,
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # less compiler work in the processes, too
-    "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-}
 
 FLAGFILES = """
 import pathlib, sys
@@ -60,24 +52,28 @@ def test_a_new_method_is_short_and_runs_from_the_command_line(tmp_path):
     assert 20 < len(code) < 40 and "METHODS[" in code[-1]
     command = [sys.executable, str(path), "--rounds=60", "--set=bias_lr_scale=0.5", f"--workdir={tmp_path}"]
     command += ["--noplots", "--noprogress", "--cpu_devices=1", "--eval_every=20"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=QUICKLY)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=quick.ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["method"] == "biased_mf" and summary["settings"]["bias_lr_scale"] == 0.5
     assert summary["test"]["HR@10"] > 2 * summary["reference_rankers"]["popularity"]["test"]["HR@10"]
-    refused = subprocess.run([*command, "--set=bias_lr=1"], cwd=tmp_path, capture_output=True, text=True, env=QUICKLY)
+    refused = subprocess.run(
+        [*command, "--set=bias_lr=1"], cwd=tmp_path, capture_output=True, text=True, env=quick.ENVIRONMENT
+    )
     assert refused.returncode == 2 and "did you mean bias_lr_scale?" in refused.stderr
 
 
 @pytest.mark.parametrize("code, lines", [(FLAGFILES, 2), (SETTINGS, 27)], ids=["flagfiles", "drawn settings"])
 def test_they_are_valid_configurations(code, lines):
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=QUICKLY)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= lines
 
 
 def call(*command) -> str:
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=QUICKLY)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -133,7 +129,7 @@ def test_tag_features_of_items_with_the_same_tags_are_the_same(tmp_path):
     tags, out = tmp_path / "item-tag.dat", tmp_path / "tags.npz"
     tags.write_text("0\n2 0 1\n3 1 0 9\n2 2 3\n2 3 2\n0\n")
     command = [sys.executable, "experiments/tag_features.py", f"--tags={tags}", f"--out={out}", "--min_items=2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=QUICKLY)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT)
     assert done.returncode == 0 and "6 items, 3 directions, 2 items without tags" in done.stdout, done
     made = np.load(out)
     like = made["values"] @ made["values"].T
@@ -142,7 +138,7 @@ def test_tag_features_of_items_with_the_same_tags_are_the_same(tmp_path):
     np.testing.assert_array_equal(made["values"][[0, 5]], 0.0)
     for wrong in ("3 1 0", ""):
         tags.write_text(f"2 0 1\n{wrong}\n2 0 1\n")
-        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=QUICKLY)
+        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT)
         assert refused.returncode != 0 and "line 2" in refused.stderr
 
 

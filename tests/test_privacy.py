@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 
 from fedjax_rec import methods, report, run
 from fedjax_rec.data import clients, splits, synthetic
@@ -465,8 +465,7 @@ def test_the_script_writes_its_tables_and_plots(tmp_path):
         "--noise=0.01", "--intensity=10", "--makers=ipfedrec", "--upload_noise=1", "--draws=3", "--attack_steps=50",
         "--probed=30", "--cold=condition_dim=8", "--set=dim=4", "--set=interval=1",
     ]  # fmt: skip
-    quickly = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=quickly)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=quick.ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     written = (tmp_path / "privacy.md").read_text()
     assert written in done.stdout
