@@ -105,7 +105,7 @@ def test_ablations_write_markdown_and_plots_and_are_not_run_twice(base, tmp_path
 def test_tables_judge_claims(base, tmp_path):
     bad = base.with_name("synthetic_still.flags")
     bad.write_text(f"--flagfile={base}\n--set=lr=1e-9\n--set=item_lr_scale=1e-9\n")
-    base.write_text(base.read_text().replace("--rounds=4", "--rounds=40"))
+    base.write_text(base.read_text().replace("--rounds=4", "--rounds=25").replace("every=2", "every=25"))
     claims = "--claims=fedvlr_fcf>still,still>fedvlr_fcf"
     said = call("experiments/tables.py", f"--out={tmp_path}", "--seeds=1", "--against=still", claims, base, bad)
     assert "fedvlr_fcf beats still, NDCG@50: **true**" in said
