@@ -45,7 +45,9 @@ flags.DEFINE_integer("seed", 0, "Seed of every run.")
 flags.DEFINE_list("k", ["10", "50"], "Cut-offs shown.")
 flags.DEFINE_multi_string("set", [], "utility: a setting of FedRKG, key=value.")
 flags.DEFINE_float("clip", 0.1, "utility: bound on the gradient of every step; attacks: bound on an upload.")
-flags.DEFINE_list("noise", ["0.001", "0.01", "0.1", "1"], "utility: noise, in multiples of the sensitivity.")
+flags.DEFINE_list(
+    "epsilon", ["1", "10", "100", "1e4", "1e6"], "utility: what the server may learn, by both mechanisms."
+)
 flags.DEFINE_list("intensity", ["0", "1", "10", "20", "30", "40", "50"], "laplace: scales of the noise.")
 flags.DEFINE_multi_string("cold", [], "laplace, attacks: a setting of MDiffFR and IFedRec, key=value.")
 flags.DEFINE_list("makers", ["mdifffr:paper", "mdifffr:proper", "ipfedrec"], "attacks: methods, with a preset.")
@@ -53,6 +55,10 @@ flags.DEFINE_integer("attack_steps", 500, "attacks: steps of the attacker's netw
 flags.DEFINE_integer("draws", 8, "attacks: noise draws behind the share of noise.")
 flags.DEFINE_integer("probed", 200, "attacks: users whose uploads are probed.")
 flags.DEFINE_list("upload_noise", ["0", "0.01", "0.1"], "attacks: noise on FedMF's uploads, in multiples of the clip.")
+
+
+# with the paper's beta and interval nothing is learned that noise could spoil
+LEARNS = {"guidance": "kg", "interval": 2, "beta": 0.3}
 
 
 def assigned(pairs: list[str]) -> dict[str, str]:
@@ -117,20 +123,20 @@ def draw(path: Path, curves: dict[str, tuple[list, list]], levels: dict[str, flo
 
 def utility() -> str:
     """FedRKG by mechanism and epsilon."""
-    settings = {"guidance": "kg", "interval": 10, **assigned(FLAGS.set), "clip_norm": FLAGS.clip}
+    settings = {**LEARNS, **assigned(FLAGS.set), "clip_norm": FLAGS.clip}
     plain = summary_of("fedrkg", config("fedrkg", settings=settings))
     rankers = plain["reference_rankers"]
     rows = [["none (clipped)", "0", "none", "none", *cells(plain["test"]), str(plain["best_round"])]]
     curves: dict[str, tuple[list, list]] = {}
-    ready = run.prepare(config("fedrkg", settings=settings))
-    table = max(r.sensitivity for r in accounting.plans(_with_noise(ready), FLAGS.rounds)["upload"].releases)
-    for mechanism, unit in (("step", 2 * FLAGS.clip), ("upload", table)):
-        for multiple in map(float, FLAGS.noise):
-            noise = multiple * unit
+    delta = config("fedrkg").dp_delta
+    for mechanism in ("step", "upload"):
+        releases = accounting.plans(_with_noise(mechanism, settings), FLAGS.rounds)[mechanism].releases
+        for target in map(float, FLAGS.epsilon):
+            noise = accounting.noise_for(releases, target, delta)
             chosen = config("fedrkg", settings={**settings, "step_noise": noise})
             if mechanism == "upload":
                 chosen = config("fedrkg", settings=settings, dp_mechanism="gaussian", dp_noise=noise)
-            said = summary_of(f"fedrkg_{mechanism}_{multiple:g}", chosen)
+            said = summary_of(f"fedrkg_{mechanism}_{target:g}", chosen)
             if not said:
                 rows.append([mechanism, f"{noise:.3g}", "", "", *["diverged"] * len(names()), ""])
                 continue
@@ -147,15 +153,16 @@ def utility() -> str:
     level = lambda part: part["test"][names()[-1]]
     levels = {"no noise": level(plain), "popularity": level(rankers["popularity"]), "random": level(rankers["random"])}
     draw(Path(FLAGS.out) / "utility.png", curves, levels, "epsilon for the server (log scale)", "log")
-    delta = ready.config.dp_delta
     title = f"FedRKG on {FLAGS.dataset}, steps clipped to {FLAGS.clip:g}, {FLAGS.rounds} rounds, delta {delta:g}"
     head = ["mechanism", "noise", "epsilon", "of the values alone", *names(), "round"]
     return compare.markdown(f"**{title}**", head, rows)
 
 
-def _with_noise(ready):
-    """The same run with noise on its uploads, to ask for their sensitivity."""
-    return dataclasses.replace(ready, config=dataclasses.replace(ready.config, dp_mechanism="gaussian", dp_noise=1.0))
+def _with_noise(mechanism: str, settings: dict):
+    """The run with some noise, to ask what it would release."""
+    if mechanism == "step":
+        return run.prepare(config("fedrkg", settings={**settings, "step_noise": 1.0}))
+    return run.prepare(config("fedrkg", settings=settings, dp_mechanism="gaussian", dp_noise=1.0))
 
 
 def laplace() -> str:

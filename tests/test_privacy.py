@@ -281,6 +281,18 @@ def test_more_noise_fewer_rounds_and_sums_over_small_cohorts_cost_less():
     assert everybody == pytest.approx(of(noise=10.0))
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "laplace"])
+@pytest.mark.parametrize("target", [0.5, 100.0, 1e5])
+def test_noise_for_an_epsilon(kind, target):
+    pytest.importorskip("dp_accounting")
+    releases = (Release(kind, 0.0, 3.0, 40), Release(kind, 0.0, 0.2, 2))
+    noise = accounting.noise_for(releases, target, 1e-5)
+    assert accounting.epsilon(tuple(r._replace(noise=noise) for r in releases), 1e-5) == pytest.approx(target, rel=1e-3)
+    for unbounded in ((), (Release(kind, 1.0, math.inf, 1),)):
+        with pytest.raises(ValueError, match=r"no noise earns it"):
+            accounting.noise_for(unbounded, target, 1e-5)
+
+
 def test_without_noise_or_bound_there_is_no_epsilon():
     assert accounting.epsilon((Release("gaussian", 0.0, 1.0, 1),), 1e-5) == math.inf
     assert accounting.epsilon((Release("gaussian", 1.0, math.inf, 1),), 1e-5) == math.inf
@@ -462,7 +474,7 @@ def test_the_script_writes_its_tables_and_plots(tmp_path):
     root = Path(__file__).resolve().parents[1]
     command = [
         sys.executable, "experiments/privacy.py", f"--out={tmp_path}", "--rounds=2", "--eval_every=2", "--k=10",
-        "--noise=0.01", "--intensity=10", "--makers=ipfedrec", "--upload_noise=1", "--draws=3", "--attack_steps=50",
+        "--epsilon=1e5", "--intensity=10", "--makers=ipfedrec", "--upload_noise=1", "--draws=3", "--attack_steps=50",
         "--probed=30", "--cold=condition_dim=8", "--set=dim=4", "--set=interval=1",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=quick.ENVIRONMENT)
@@ -472,6 +484,7 @@ def test_the_script_writes_its_tables_and_plots(tmp_path):
     rows = {tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in written.splitlines() if "|" in line}
     firsts = {row[0] for row in rows}
     assert {"step", "upload", "none (clipped)", "10", "ipfedrec", "1000"} <= firsts
+    assert {row[2] for row in rows if row[0] in ("step", "upload")} == {"1e+05"}
     (made,) = {row[-1] for row in rows if row[0] == "ipfedrec"}
     assert float(made) == 0.0  # a map of features has no noise
     assert {path.name for path in tmp_path.glob("*.png")} == {"utility.png", "laplace.png"}

@@ -29,6 +29,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.optimize
 
 from fedjax_rec import aggregate
 from fedjax_rec.data.sampling import sizes
@@ -36,7 +37,7 @@ from fedjax_rec.experiment import Experiment
 from fedjax_rec.method import Sampling
 from fedjax_rec.methods import fedrkg
 from fedjax_rec.rounds import Engine
-from fedjax_rec.validate import one_of
+from fedjax_rec.validate import one_of, positive
 from fedjax_rec.workdir import UsageError
 
 # dp-accounting's own, and closer to 1 (its least is 1.01), where large epsilons are
@@ -125,6 +126,34 @@ def epsilon(releases: tuple[Release, ...], delta: float, observer: str = "server
     if all(r.kind == "laplace" for r in releases):  # pure, without any delta
         return min(worked_out, sum(r.count * r.sensitivity / r.noise for r in releases))
     return worked_out
+
+
+def noise_for(releases: tuple[Release, ...], target: float, delta: float, observer: str = "server") -> float:
+    """The noise with which all of these releases together cost `target`: `epsilon` the other way round.
+
+    Args:
+        releases: what is released; its own noise is not read.
+        target: the epsilon asked for, > 0.
+        delta, observer: as in `epsilon`.
+
+    Raises:
+        ValueError: if no noise earns it: nothing is released, or a sensitivity has no bound.
+    """
+    positive("target", target)
+    cost = lambda noise: epsilon(tuple(r._replace(noise=noise) for r in releases), delta, observer)
+    if not 0 < cost(1.0) < math.inf:
+        raise ValueError(
+            f"epsilon {target:g}: no noise earns it, as nothing is released or its sensitivity has no bound"
+        )
+    low = high = 1.0
+    while cost(high) > target:
+        high *= 10.0
+    while cost(low) < target:
+        low /= 10.0
+    if low == high:
+        return low
+    off = lambda log_noise: math.log(cost(math.exp(log_noise)) / target)
+    return math.exp(scipy.optimize.brentq(off, math.log(low), math.log(high), xtol=1e-4))
 
 
 def most_steps(engine: Engine, sampling: Sampling) -> int:
