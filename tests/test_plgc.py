@@ -199,8 +199,10 @@ def test_persistent_without_mixing_is_local_training(backbone):
     )
     alone, alone_infos = play(local_only)
     ours, infos = play(build("plgc", backbone, **OFF))
-    assert_same(ours.clients, alone.clients)
-    assert_same([i["loss"] for i in infos], [i["loss"] for i in alone_infos])
+    # two programs: the compiler may order a sum in each as it likes
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+    jax.tree.map(close, ours.clients, alone.clients)
+    close([i["loss"] for i in infos], [i["loss"] for i in alone_infos])
 
 
 # ---- the contrast ------------------------------------------------------------------------------------------
