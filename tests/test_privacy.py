@@ -288,9 +288,13 @@ def test_noise_for_an_epsilon(kind, target):
     releases = (Release(kind, 0.0, 3.0, 40), Release(kind, 0.0, 0.2, 2))
     noise = accounting.noise_for(releases, target, 1e-5)
     assert accounting.epsilon(tuple(r._replace(noise=noise) for r in releases), 1e-5) == pytest.approx(target, rel=1e-3)
+    small = accounting.noise_for(tuple(r._replace(sensitivity=1e-9 * r.sensitivity) for r in releases), target, 1e-5)
+    assert small == pytest.approx(1e-9 * noise, rel=1e-3)
     for unbounded in ((), (Release(kind, 1.0, math.inf, 1),)):
         with pytest.raises(ValueError, match=r"no noise earns it"):
             accounting.noise_for(unbounded, target, 1e-5)
+    with pytest.raises(ValueError, match=r"epsilon 1e-13: no noise earns it"):
+        accounting.noise_for(releases, 1e-13, 1e-5)
 
 
 def test_without_noise_or_bound_there_is_no_epsilon():

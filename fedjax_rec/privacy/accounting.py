@@ -137,23 +137,20 @@ def noise_for(releases: tuple[Release, ...], target: float, delta: float, observ
         delta, observer: as in `epsilon`.
 
     Raises:
-        ValueError: if no noise earns it: nothing is released, or a sensitivity has no bound.
+        ValueError: if no noise earns it: nothing is released, without a bound, or the target is out of reach.
     """
     positive("target", target)
     cost = lambda noise: epsilon(tuple(r._replace(noise=noise) for r in releases), delta, observer)
-    if not 0 < cost(1.0) < math.inf:
-        raise ValueError(
-            f"epsilon {target:g}: no noise earns it, as nothing is released or its sensitivity has no bound"
-        )
-    low = high = 1.0
-    while cost(high) > target:
-        high *= 10.0
-    while cost(low) < target:
-        low /= 10.0
-    if low == high:
-        return low
-    off = lambda log_noise: math.log(cost(math.exp(log_noise)) / target)
-    return math.exp(scipy.optimize.brentq(off, math.log(low), math.log(high), xtol=1e-4))
+    unit = max((r.sensitivity for r in releases if r.count), default=math.inf)
+    if math.isfinite(unit) and cost(1e6 * unit) <= target <= cost(1e-6 * unit) < math.inf:
+        off = lambda log_noise: math.log(max(cost(math.exp(log_noise)), 1e-300) / target)
+        found = math.exp(scipy.optimize.brentq(off, math.log(1e-6 * unit), math.log(1e6 * unit), xtol=1e-4))
+        if math.isclose(cost(found), target, rel_tol=0.01):
+            return found
+    raise ValueError(
+        f"epsilon {target:g}: no noise earns it, as nothing is released, a sensitivity has no bound, or the accountant "
+        "does not resolve so small (or large) a value; give one between 0.1 and 1e6"
+    )
 
 
 def most_steps(engine: Engine, sampling: Sampling) -> int:
