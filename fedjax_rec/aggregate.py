@@ -132,7 +132,7 @@ def stacked(weight: Callable[[LocalData], Float[Array, ""]] = equal) -> Aggregat
     def merge(state, axis):
         return jax.tree.map(lambda x: jax.lax.all_gather(x, axis, tiled=True), state)
 
-    return Aggregator(init, add, merge, lambda state, w, n: Aggregate(state, w, n), weight)
+    return Aggregator(init, add, merge, lambda state, w, n: Aggregate(state, w, n), weight, by_client=True)
 
 
 def stacked_over_mail(weight: Callable[[LocalData], Float[Array, ""]] = equal) -> Aggregator:

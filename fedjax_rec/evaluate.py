@@ -91,8 +91,8 @@ class Evaluator:
             self, scorer, replicated, sharded, cohort or self.engine.everybody, self.engine.buckets, self.targets,
             self.known, self.candidates, self.engine.pool,
         )  # fmt: skip
-        users = self.engine.clients.num_users
-        return Ranks(np.asarray(valid)[:users], np.asarray(test)[:users], np.asarray(recommended), int(bad))
+        slots = self.engine.clients.slots
+        return Ranks(np.asarray(valid)[slots], np.asarray(test)[slots], np.asarray(recommended), int(bad))
 
 
 def make_evaluator(engine: Engine, split: Split, *, protocol: Protocol = HONEST, sampled: bool = False) -> Evaluator:
@@ -218,7 +218,6 @@ def _rank_device(evaluator: Evaluator, scorer, replicated, sharded, cohort, buck
     engine, protocol = dataclasses.replace(evaluator.engine, pool=pool), evaluator.protocol
     spec, method = engine.clients, engine.method
     slots = spec.users_per_device
-    first_user = jax.lax.axis_index(AXIS) * slots
     top = min(TOP, spec.num_items)
 
     def one_client(slot, record, valid_items, test_items, known_items, size, steps, counts):
@@ -264,7 +263,7 @@ def _rank_device(evaluator: Evaluator, scorer, replicated, sharded, cohort, buck
             valid, test, recommended, bad = carry
             position = jax.lax.dynamic_slice(positions, (i * block,), (block,))
             record = record_at(bucket, position, spec.num_users, spec.num_items, spec.pool_size)
-            slot = jnp.where(record.user < spec.num_users, record.user - first_user, slots)
+            slot = bucket.slot.at[position].get(mode="fill", fill_value=slots)
             take = lambda x: x.at[position].get(mode="fill", fill_value=spec.num_items)
             steps = epoch_steps(method.sampling, engine.sizes[b], record.length.max())
             seen = take(known[b]) if evaluator.sampled else record.history

@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from fedjax_rec import folding
 from fedjax_rec.data import readers, splits
+from fedjax_rec.data.clients import deal, row_offsets
 from fedjax_rec.data.features import Features
 from fedjax_rec.data.interactions import DataError, Filters, Interactions
 from fedjax_rec.data.sampling import epoch_steps
@@ -88,7 +89,7 @@ def fit(
     if interactions is not None:
         config, data = _about(config, interactions, split, features)
     summary, ready, state = train_state(config, workdir, data=data, progress=progress)
-    return _one_device(ready, state, summary["rounds"], summary)
+    return _one_device(ready, state, ready.engine.clients.slots, summary["rounds"], summary)
 
 
 def load_run(
@@ -133,15 +134,17 @@ def load_run(
         raise UsageError(f"{folder}: the run had features named {', '.join(missing)}; give load_run the same")
     ready = prepare(config, data)
     _check_same_data(folder, ready)
-    slots = -(-ready.split.num_users // trained_on) * trained_on
+    lengths = np.diff(row_offsets(ready.split.train.user, ready.split.num_users))
+    most = -(-ready.split.num_users // trained_on) * trained_on
     shapes = jax.eval_shape(ready.engine.init, ready.key)
-    resized = lambda x: jax.ShapeDtypeStruct((slots, *x.shape[1:]), x.dtype)
+    resized = lambda x: jax.ShapeDtypeStruct((most, *x.shape[1:]), x.dtype)
     saved = shapes.replace(clients=jax.tree.map(resized, shapes.clients), mail=jax.tree.map(resized, shapes.mail))
     here = NamedSharding(ready.engine.mesh, P())
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
     done, state = restore(folder, ready, like)
     path = folder / "summary.json"
-    return _one_device(ready, state, done, json.loads(path.read_text()) if path.exists() else None)
+    summary = json.loads(path.read_text()) if path.exists() else None
+    return _one_device(ready, state, deal(lengths, trained_on), done, summary)
 
 
 def _about(config: RunConfig, interactions: Interactions, split: Split | None, features: Mapping | None):
@@ -186,15 +189,15 @@ def _check_same_data(folder: Path, ready: Experiment) -> None:
         )
 
 
-def _one_device(ready: Experiment, state: State, done: int, summary: dict | None) -> Run:
-    """The run with its model on one device; users' slots are their indices there."""
+def _one_device(ready: Experiment, state: State, slots: np.ndarray, done: int, summary: dict | None) -> Run:
+    """The run with its model on one device, given the users' slots of its state; there they are the users' indices."""
     if ready.engine.mesh.size > 1:
         data = (ready.interactions, ready.split, ready.features)
         ready = prepare(dataclasses.replace(ready.config, devices=1), data)
-    users, mesh = ready.split.num_users, ready.engine.mesh
-    cut = lambda tree: jax.device_put(jax.tree.map(lambda x: x[:users], tree), NamedSharding(mesh, P(AXIS)))
+    mesh = ready.engine.mesh
+    by_user = lambda tree: jax.device_put(jax.tree.map(lambda x: x[slots], tree), NamedSharding(mesh, P(AXIS)))
     server = jax.device_put(state.server, NamedSharding(mesh, P()))
-    return Run(ready, State(server, cut(state.clients), cut(state.mail)), done, summary)
+    return Run(ready, State(server, by_user(state.clients), by_user(state.mail)), done, summary)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -108,14 +108,18 @@ class Sampling:
 class Aggregator(NamedTuple):
     """A fold over uploads that streams over client blocks and devices.
 
-    init:   (upload of one client as shapes, items, clients) -> accumulator
-    add:    (accumulator, uploads [block, ...], weights [block], rows [block, rows], clients [block]) -> accumulator
+    init:   (upload of one client as shapes, items, places) -> accumulator
+    add:    (accumulator, uploads [block, ...], weights [block], rows [block, rows], places [block]) -> accumulator; a
+            client's place, on its device, is the engine's affair
     merge:  (accumulator, mesh axis) -> accumulator summed over devices
     finish: (accumulator, weight, count) -> Aggregate
     weight: one client's weight from its data; padding clients weigh 0 whatever it says
     over_mail: uploads are written into the places of their senders' mail (see Method.init_mail), which they equal in
-        shape: the accumulator is (mail, weights [clients]), stays spread over the devices, and `init` and `merge` are
-        not called. The server then answers in place: clients x upload is held once, not twice.
+        shape: the accumulator is (mail, weights), stays spread over the devices in the order of the places, empty ones
+        among them with weight 0, and `init` and `merge` are not called. The server then answers in place: clients x
+        upload is held once, not twice.
+    by_client: the accumulator's leaves, merged, lead with the clients' places: `finish` gets them in the order of user
+        ids instead, [users, ...].
     is_mean: `finish` gives the sum of w_k upload_k over the sum of w_k and nothing else, so that noise on uploads may
         be drawn for all of them at once (privacy/mechanisms.py).
     """
@@ -126,6 +130,7 @@ class Aggregator(NamedTuple):
     finish: Callable[..., Aggregate]
     weight: Callable[[LocalData], Float[Array, ""]]
     over_mail: bool = False
+    by_client: bool = False
     is_mean: bool = False
 
 
@@ -165,7 +170,8 @@ class Method(NamedTuple):
         download: (shared, mail, client, data) -> Params, the on-device model on the client's rows.
         local_update: (key, shared, params, data) -> (params, update, info).
         upload: (key, shared, params, update, data) -> (client, upload): what stays, what is sent.
-        server_update: (key, Server, Aggregate) -> (Server, Mail).
+        server_update: (key, Server, Aggregate) -> (Server, Mail), the answers in the order of user ids [users, ...], or
+            of the uploads where the aggregator works over the mail; () answers nobody.
         score: (shared, params, data) -> logits [items], given params over the full catalogue.
         aggregator: how uploads are folded.
         sampling: how local data are drawn.

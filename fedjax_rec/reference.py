@@ -121,8 +121,9 @@ def least_sampled(
         return None
     seen = None
     if took_part is not None:
-        missing = engine.clients.num_slots - took_part.shape[0]
-        seen = jnp.asarray(np.pad(took_part, ((0, missing), (0, 0))))
+        by_slot = np.zeros((engine.clients.num_slots, took_part.shape[1]), bool)
+        by_slot[engine.clients.slots] = took_part
+        seen = jnp.asarray(by_slot)
     return evaluator.ranks_of(_least_sampled_scores, (key, jnp.asarray(rounds, jnp.int32)), seen, cohort)
 
 

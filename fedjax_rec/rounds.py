@@ -100,7 +100,8 @@ class Engine:
 
     def init(self, key: PRNGKey) -> State:
         """State before the first round. Client k's draw depends on `key` and k alone."""
-        return _init(self, key)
+        users = jax.device_put(self.clients.users, NamedSharding(self.mesh, P(AXIS)))
+        return _init(self, key, users)
 
     def round(self, key: PRNGKey, state: State, round_: int, cohort: Cohort | None = None):
         """One federated round: (state, info). `state` is donated.
@@ -354,12 +355,12 @@ def each_round(method: Method, shared: Params) -> Params:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _init(engine: Engine, key: PRNGKey) -> State:
+def _init(engine: Engine, key: PRNGKey, users: Int[Array, "slots"]) -> State:
     method, slots = engine.method, engine.clients.num_slots
     k_server, k_publish = jax.random.split(client_key(key, START, SERVER))
     server = method.init_server(k_server)
     shared = method.publish(k_publish, server)
-    users = jnp.arange(slots) if method.client_init == "random" else jnp.zeros(slots, jnp.int32)
+    users = users if method.client_init == "random" else jnp.zeros(slots, jnp.int32)
     clients = jax.vmap(lambda user: method.init_client(client_key(key, START, user), shared))(users)
     everywhere, spread = NamedSharding(engine.mesh, P()), NamedSharding(engine.mesh, P(AXIS))
     constrain = jax.lax.with_sharding_constraint
@@ -385,7 +386,9 @@ def _client_round(engine: Engine, key, shared: Params, clients: Client, mail: Ma
         out_specs=(P(AXIS), P(AXIS) if method.aggregator.over_mail else P(), P()),
         check_vma=False,
     )(key, round_, shared, clients, mail, engine.buckets, cohort, engine.pool)
-    count = totals["clients"]
+    count, spec = totals["clients"], engine.clients
+    if method.aggregator.by_client and spec.num_devices > 1:
+        folded = jax.tree.map(lambda x: x[spec.slots], folded)
     received = method.aggregator.finish(folded, totals["weight"], count)
     info = {name: total / jnp.maximum(count, 1) for name, total in totals["info"].items()}
     return clients, received, {**info, "clients": count}
@@ -405,6 +408,9 @@ def server_step(engine: Engine, key: PRNGKey, server: Server, round_: Int[Array,
     """The server's answer to a round: (server, mail)."""
     _, k_server = jax.random.split(client_key(key, round_, SERVER))
     server, mail = engine.method.server_update(k_server, server, received)
+    if not engine.method.aggregator.over_mail and engine.clients.num_devices > 1:
+        users = np.minimum(engine.clients.users, engine.clients.num_users - 1)  # empty slots get anybody's
+        mail = jax.tree.map(lambda x: x[users], mail)
     return server, jax.lax.with_sharding_constraint(mail, NamedSharding(engine.mesh, P(AXIS)))
 
 
@@ -419,7 +425,6 @@ def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, coh
     """All blocks of one device: the clients' new state, the folded uploads, and sums for the log."""
     method, spec = engine.method, engine.clients
     slots = spec.users_per_device
-    first_user = jax.lax.axis_index(AXIS) * slots
     pool_size = spec.pool_size
     # of the widest bucket: an upload as long as a history fits the accumulator whatever its sender's bucket
     example = _example_step(engine, len(buckets) - 1, key, round_, shared, clients, mail, buckets, pool)
@@ -445,7 +450,7 @@ def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, coh
             position = jax.lax.dynamic_slice(cohort.positions[b], (i * block,), (block,))
             record = record_at(bucket, position, spec.num_users, spec.num_items, pool_size)
             real = record.user < spec.num_users
-            slot = jnp.where(real, record.user - first_user, slots)
+            slot = bucket.slot.at[position].get(mode="fill", fill_value=slots)
             steps = epoch_steps(method.sampling, size, record.length.max())
             # read where it is written: a second reference to the mail would be a copy
             letters = folded[0] if over_mail else mail
@@ -478,13 +483,15 @@ def exchange_up(engine: Engine, key: PRNGKey, server: Server, clients: Client, r
     exchange, spec, block = engine.method.exchange, engine.clients, _exchange_block(engine)
     slots = spec.users_per_device
 
+    filled = np.bincount(spec.slots // slots, minlength=spec.num_devices)
+
     def on_device(clients):
-        first_user = jax.lax.axis_index(AXIS) * slots
+        users = jnp.asarray(filled)[jax.lax.axis_index(AXIS)]
         sent = jax.eval_shape(lambda x: exchange.upload(restrict_client(x, jnp.int32(0), None)), clients)
 
         def one_block(i, total):
             slot = i * block + jnp.arange(block)
-            real = (slot < slots) & (first_user + slot < spec.num_users)
+            real = slot < users
             uploads = jax.vmap(lambda s: exchange.upload(restrict_client(clients, s, None)))(slot)
             return jax.tree.map(lambda t, x: t + jnp.tensordot(real.astype(x.dtype), x, 1), total, uploads)
 
@@ -536,7 +543,6 @@ def _exchange_pass(engine: Engine, key, round_, shared, clients, buckets, pool):
     """All blocks of one device."""
     method, spec, most = engine.method, engine.clients, _exchange_block(engine)
     sampling, slots = method.exchange.sampling, spec.users_per_device
-    first_user = jax.lax.axis_index(AXIS) * slots
     totals = None
     for bucket in buckets:
         size = sizes(sampling, bucket.history.shape[1], spec.num_items, all_rows=method.rows == "all")
@@ -546,7 +552,7 @@ def _exchange_pass(engine: Engine, key, round_, shared, clients, buckets, pool):
         def on_block(clients, position, bucket=bucket, size=size):
             record = record_at(bucket, position, spec.num_users, spec.num_items, spec.pool_size)
             real = record.user < spec.num_users
-            slot = jnp.where(real, record.user - first_user, slots)
+            slot = bucket.slot.at[position].get(mode="fill", fill_value=slots)
             steps = epoch_steps(sampling, size, record.length.max())
             run = functools.partial(exchange_step, method, size, spec.num_items, pool, key, round_, shared)
             new, info = jax.vmap(lambda s, r: run(restrict_client(clients, s, None), r, steps))(slot, record)

@@ -187,13 +187,13 @@ def play(engine: Engine, rounds=ROUNDS):
     for number, users in enumerate(rounds):
         state, info = engine.round(KEY, state, number, engine.cohort(users))
         infos.append(info)
-    return on_host(state), jax.device_get(infos)
+    return on_host(engine, state), jax.device_get(infos)
 
 
-def on_host(state):
+def on_host(engine: Engine, state):
     state = jax.tree.map(np.array, jax.device_get(state))
-    cut = lambda tree: jax.tree.map(lambda x: x[:USERS], tree)
-    return state.replace(clients=cut(state.clients), mail=cut(state.mail))
+    by_user = lambda tree: jax.tree.map(lambda x: x[engine.clients.slots], tree)
+    return state.replace(clients=by_user(state.clients), mail=by_user(state.mail))
 
 
 @functools.cache
@@ -233,7 +233,7 @@ def test_stopping_between_rounds_changes_nothing(case):
     state = jax.device_put(jax.device_get(state), placed)  # as a checkpoint brings it back
     for number in (1, 2):
         state, _ = again.round(KEY, state, number, again.cohort(ROUNDS[number]))
-    assert_same(on_host(state), played(case)[0])
+    assert_same(on_host(again, state), played(case)[0])
 
 
 @pytest.mark.parametrize("case", PLAIN)
@@ -256,7 +256,7 @@ def test_a_cohort_is_a_set(case):
 
 @pytest.mark.parametrize("case", ["fedmf", "fedncf", "fedrap"])
 def test_nobody_takes_part(case):
-    before = on_host(start(engine(case)))
+    before = on_host(engine(case), start(engine(case)))
     state, (info,) = play(engine(case), [np.array([], int)])
     assert_same(state.clients, before.clients)
     assert_same(state.server.shared, before.server.shared)
@@ -264,9 +264,10 @@ def test_nobody_takes_part(case):
 
 
 def test_clients_start_alike_whatever_the_layout():
-    one = on_host(engine("fedrap").init(KEY))
-    assert_same(one, on_host(start(engine("fedrap"))))
-    assert_same(one, on_host(start(engine("fedrap", buckets=1, devices=min(4, len(jax.devices()))))))
+    one = on_host(engine("fedrap"), engine("fedrap").init(KEY))
+    assert_same(one, on_host(engine("fedrap"), start(engine("fedrap"))))
+    spread = engine("fedrap", buckets=1, devices=min(4, len(jax.devices())))
+    assert_same(one, on_host(spread, start(spread)))
 
 
 # ---- to a tolerance ----------------------------------------------------------------------------------------
@@ -274,12 +275,12 @@ def test_clients_start_alike_whatever_the_layout():
 
 @pytest.mark.parametrize("case", CASES)
 def test_engine_is_the_loop_over_clients(case):
-    state, infos = on_host(start(engine(case))), []
+    state, infos = on_host(engine(case), start(engine(case))), []
     for number, users in enumerate(ROUNDS):
         state, info = slow(case).round(KEY, state, number, users)
         infos.append(info)
     fast_state, fast_infos = played(case)
-    assert_close(fast_state, on_host(state))
+    assert_close(fast_state, on_host(engine(case), state))
     assert_close([info["loss"] for info in fast_infos], [info["loss"] for info in infos])
 
 
@@ -322,7 +323,7 @@ def test_changing_cohorts_compile_once(case, caplog):
 
 @pytest.mark.parametrize("case", PLAIN)
 def test_no_private_role_leaves_the_client(case):
-    state = on_host(start(engine(case)))
+    state = on_host(engine(case), start(engine(case)))
     own = jax.tree.map(lambda x: x[0], state.clients)
     shared = slow(case).published(KEY, state)
     kept, upload, *_ = slow(case).client(KEY, shared, (), own, 0, 0)
@@ -338,7 +339,7 @@ def test_different_histories_give_different_scores(case):
     state = start(engine(case))
     alike = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape) + 0, state.clients)
     state, _ = engine(case).round(KEY, state.replace(clients=alike), 0)
-    one, other = (np.asarray(slow(case).scores(on_host(state), user)) for user in (0, 1))
+    one, other = (np.asarray(slow(case).scores(on_host(engine(case), state), user)) for user in (0, 1))
     assert one.shape == other.shape == (ITEMS,)
     assert np.isfinite(one).all()
     # centred: a user's bias moves all scores alike. 1e-5 is far above the rounding of scores of size 1
@@ -348,7 +349,7 @@ def test_different_histories_give_different_scores(case):
 @pytest.mark.parametrize("case", CASES)
 def test_a_client_without_data_is_harmless(case):
     state, infos = played(case)
-    before = on_host(start(engine(case)))
+    before = on_host(engine(case), start(engine(case)))
     of_empty = lambda s: jax.tree.map(lambda x: x[EMPTY], s.clients)
     if case not in GUIDED:  # guidance reaches everybody
         assert_same(of_empty(state), of_empty(before))
@@ -361,7 +362,7 @@ def test_a_client_without_data_is_harmless(case):
 
 @pytest.mark.parametrize("case", PLAIN)
 def test_uploads_are_finite_and_move_what_the_client_saw(case):
-    state = on_host(start(engine(case)))
+    state = on_host(engine(case), start(engine(case)))
     shared = slow(case).published(KEY, state)
     user = 0
     own = jax.tree.map(lambda x: x[user], state.clients)

@@ -100,6 +100,7 @@ def everybodys_samples() -> Aggregator:
         merge=lambda held, axis: jax.tree.map(lambda x: jax.lax.all_gather(x, axis, tiled=True), held),
         finish=lambda held, weight, count: Aggregate(held, weight, count),
         weight=equal,
+        by_client=True,
     )
 
 
@@ -207,10 +208,7 @@ def _trained_on_the_server(config: Config, backbone: Backbone, num_users: int, n
         params, state = epoch(
             key, params, server.private["optimizer"], samples, count, objective, optimizer, config.batch_size
         )
-        # users are padded to a multiple of the devices
-        missing = count.shape[0] - num_users
-        mail = jax.tree.map(lambda x: jnp.pad(x, ((0, missing),) + ((0, 0),) * (x.ndim - 1)), params["user"])
-        return as_server(params, state), {"user": mail}
+        return as_server(params, state), {"user": params["user"]}
 
     return Method(
         name=name,

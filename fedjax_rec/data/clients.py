@@ -22,12 +22,14 @@ BUCKET_COST = 0.02  # one more bucket must save this share of all slots to be wo
 class Bucket(NamedTuple):
     """Clients whose histories fit into one padded width. Leading axis: device-major clients of the bucket.
 
-    user: [n] user id, or num_users for padding.   history: [n, width] sorted item ids, padded with num_items.
-    length: [n].   forbidden: [n, f] sorted positions in the pool that must not be drawn, padded with the pool
-    size, or None where they are the history.   num_forbidden: [n] or None.
+    user: [n] user id, or num_users for padding.   slot: [n] place of the user's state on the device, or
+    users_per_device for padding.   history: [n, width] sorted item ids, padded with num_items.   length: [n].
+    forbidden: [n, f] sorted positions in the pool that must not be drawn, padded with the pool size, or None where
+    they are the history.   num_forbidden: [n] or None.
     """
 
     user: np.ndarray
+    slot: np.ndarray
     history: np.ndarray
     length: np.ndarray
     forbidden: np.ndarray | None
@@ -41,6 +43,9 @@ class Clients:
     Attributes:
         buckets: one per padded width, clients in order of length inside each device's share.
         num_users, num_items: sizes; users_per_device x num_devices >= num_users.
+        slots: [num_users] place of each user's state on the leading axis of client state, which is device-major:
+            device k has the slots [k * users_per_device, (k+1) * users_per_device), the last one of which may be
+            empty. On one device it is the user id.
         pool: [pool] item ids that may be negatives, or None for the whole catalogue.
         padding_fraction: share of history slots that hold no item.
     """
@@ -50,6 +55,7 @@ class Clients:
     num_items: int
     num_devices: int
     users_per_device: int
+    slots: np.ndarray
     pool: np.ndarray | None
     padding_fraction: float
 
@@ -61,6 +67,13 @@ class Clients:
     def num_slots(self) -> int:
         """Users padded to a multiple of the devices: the leading axis of client state."""
         return self.users_per_device * self.num_devices
+
+    @property
+    def users(self) -> np.ndarray:
+        """[num_slots] the user id in each slot, num_users in empty ones."""
+        users = np.full(self.num_slots, self.num_users, np.int32)
+        users[self.slots] = np.arange(self.num_users)
+        return users
 
 
 def row_offsets(user: np.ndarray, num_users: int) -> np.ndarray:
@@ -134,12 +147,13 @@ def build(
     num_devices: int = 1,
     max_buckets: int = MAX_BUCKETS,
 ) -> Clients:
-    """Groups training histories into buckets. Device k holds users [k * users_per_device, (k+1) * ...)."""
+    """Groups training histories into buckets and deals the users to the devices, so that each has as much to do."""
     if negative_pool not in NEGATIVE_POOLS:
         raise ValueError(f"negative_pool={negative_pool!r}: expected one of {', '.join(NEGATIVE_POOLS)}")
     users_per_device = -(-split.num_users // num_devices)
     offsets = row_offsets(split.train.user, split.num_users)
     lengths = np.diff(offsets)
+    slots = deal(lengths, num_devices)
     pool = candidate_pool(split, negative_pool)
     extra = forbidden_pairs(split, negative_pool)
     buckets = []
@@ -149,22 +163,44 @@ def build(
         low = width
         if not len(members):
             continue
-        users = _deal(members, lengths, num_devices, users_per_device, split.num_users)
+        shares = [
+            share[np.argsort(lengths[share], kind="stable")]
+            for share in (members[slots[members] // users_per_device == k] for k in range(num_devices))
+        ]
+        users = padded_shares(shares, split.num_users)
+        slot = padded_shares([slots[share] % users_per_device for share in shares], users_per_device)
         history = padded_rows(split.train, users, offsets, width, split.num_items)
         forbidden, num_forbidden = _forbidden(split, users, offsets, width, pool, extra)
         length = (history < split.num_items).sum(1).astype(np.int32)
-        buckets.append(Bucket(users.astype(np.int32), history, length, forbidden, num_forbidden))
-    slots = sum(b.history.size for b in buckets)
-    padding = 1.0 - len(split.train.item) / max(slots, 1)
-    return Clients(tuple(buckets), split.num_users, split.num_items, num_devices, users_per_device, pool, padding)
+        buckets.append(Bucket(users, slot, history, length, forbidden, num_forbidden))
+    held = sum(b.history.size for b in buckets)
+    padding = 1.0 - len(split.train.item) / max(held, 1)
+    return Clients(
+        tuple(buckets), split.num_users, split.num_items, num_devices, users_per_device, slots, pool, padding
+    )
 
 
-def _deal(members, lengths, num_devices, users_per_device, num_users) -> np.ndarray:
-    """Members in device-major order, by length inside a device, padded to the same number on each."""
-    by_length = members[np.argsort(lengths[members], kind="stable")]
-    shares = [by_length[by_length // users_per_device == d] for d in range(num_devices)]
-    width = max(len(s) for s in shares)
-    return np.concatenate([np.pad(s, (0, width - len(s)), constant_values=num_users) for s in shares])
+def deal(lengths: np.ndarray, num_devices: int) -> np.ndarray:
+    """Slot of each user: users by length go to the devices to and fro, so that every device has as many users, give
+    or take one, of each length. A device's users are in order of their ids.
+
+    Devices with consecutive users would have unequal work, and very unequal work where the data are sorted by activity.
+    """
+    num_users = len(lengths)
+    turn, seat = np.divmod(np.arange(num_users), num_devices)
+    device = np.empty(num_users, np.int64)
+    device[np.argsort(lengths, kind="stable")] = np.where(turn % 2, num_devices - 1 - seat, seat)
+    slots = np.empty(num_users, np.int64)
+    slots[np.argsort(device, kind="stable")] = np.arange(num_users)
+    first = np.searchsorted(np.sort(device), np.arange(num_devices))
+    return slots - first[device] + device * -(-num_users // num_devices)
+
+
+def padded_shares(shares: list[np.ndarray], fill: int) -> np.ndarray:
+    """The devices' shares one after the other, each padded to the longest."""
+    width = max(len(share) for share in shares)
+    padded = [np.pad(share, (0, width - len(share)), constant_values=fill) for share in shares]
+    return np.concatenate(padded).astype(np.int32)
 
 
 def _forbidden(split, users, offsets, width, pool, extra):

@@ -179,8 +179,8 @@ def _sent(engine: Engine, b: int, key, round_, shared, clients, mail, bucket, po
         record = jax.tree.map(lambda x: x[0], several)
         steps = epoch_steps(engine.method.sampling, size, several.length.max())
         done = local_step(
-            engine.method, size, spec.num_items, pool, key, round_, shared, clients, mail, record.user, record,
-            steps,
+            engine.method, size, spec.num_items, pool, key, round_, shared, clients, mail,
+            jnp.asarray(spec.slots)[record.user], record, steps,
         )  # fmt: skip
         return over_catalogue(done.upload, done.rows, spec.num_items)
 

@@ -64,17 +64,37 @@ def test_everybody_once_with_their_own_history(devices, max_buckets):
 
 
 @pytest.mark.parametrize("devices", [1, 3, 4, 60])
-def test_device_k_holds_its_range_of_users(devices):
+def test_users_have_their_places_on_the_devices(devices):
     built = clients.build(make_split(), num_devices=devices)
     assert built.num_slots == built.users_per_device * devices >= USERS
+    assert len(set(built.slots)) == USERS and built.slots.min() >= 0 and built.slots.max() < built.num_slots
+    np.testing.assert_array_equal(built.users[built.slots], np.arange(USERS))
+    assert (built.users == USERS).sum() == built.num_slots - USERS
+    held = np.bincount(built.slots // built.users_per_device, minlength=devices)
+    assert held.max() - held.min() <= 1
+    for device, share in enumerate(built.users.reshape(devices, -1)):
+        assert (share[: held[device]] < USERS).all(), "empty slots come last"
     for bucket in built.buckets:
-        for device, share in enumerate(bucket.user.reshape(devices, -1)):
-            real = share[share < USERS]
-            assert (real // built.users_per_device == device).all()
-            assert (share[len(real) :] == USERS).all(), "padding comes last"
-            lengths = bucket.length.reshape(devices, -1)[device]
-            assert (np.diff(lengths[: len(real)]) >= 0).all()
-            assert not lengths[len(real) :].any()
+        for device in range(devices):
+            users, slots, lengths = (x.reshape(devices, -1)[device] for x in (bucket.user, bucket.slot, bucket.length))
+            real = users < USERS
+            assert (slots[real] + device * built.users_per_device == built.slots[users[real]]).all()
+            assert (slots[~real] == built.users_per_device).all()
+            assert not real[real.sum() :].any() and not lengths[~real].any(), "padding comes last"
+            assert (np.diff(lengths[real]) >= 0).all()
+
+
+def test_on_one_device_users_are_in_order():
+    np.testing.assert_array_equal(clients.build(make_split()).slots, np.arange(USERS))
+
+
+@pytest.mark.parametrize("devices", [2, 3, 8])
+def test_devices_have_as_much_to_do_when_users_are_sorted_by_activity(devices):
+    lengths = np.sort(np.random.default_rng(0).lognormal(3, 1, 1000).astype(int))[::-1]
+    work = np.bincount(clients.deal(lengths, devices) // -(-1000 // devices), lengths, minlength=devices)
+    assert work.max() < 1.05 * work.mean()
+    held = np.array_split(lengths, devices)
+    assert max(map(sum, held)) > 1.4 * work.mean(), "consecutive users would not"
 
 
 def test_padding_clients_are_empty():
