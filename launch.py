@@ -13,7 +13,7 @@ import sys
 import jax
 from absl import app, flags
 
-EXIT_USAGE, EXIT_AGAIN = 2, 75
+EXIT_USAGE, EXIT_DIVERGED, EXIT_AGAIN = 2, 3, 75
 FLAGS = flags.FLAGS
 
 flags.DEFINE_enum("mode", "train", ["train", "evaluate", "benchmark", "search"], "What to do.")
@@ -223,7 +223,7 @@ def checked_main(argv: list[str]) -> int:
         return main(argv)
     except (ValueError, FloatingPointError) as error:
         print(f"launch.py: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        return EXIT_DIVERGED if isinstance(error, FloatingPointError) else EXIT_USAGE
 
 
 def command_line() -> int:

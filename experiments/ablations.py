@@ -38,7 +38,7 @@ GROUPS = {
         "gate": ["--set=operators=gate"],
         "router_item": ["--set=router=item"],
         "router_batch_mean": ["--set=router=batch_mean"],
-        "update_parameters": ["--set=update=parameters"],
+        "update_parameters": ["--set=update=parameters", "--set=fusion_optimizer="],
     },
     "modality": {
         f"{rule}_{name}": [f"--set={name}={rule}"] for name in ("visual", "text", "ids") for rule in ("drop", "random")
@@ -75,6 +75,8 @@ OF_METHOD = {
     "fedrkg": ["guidance", "interval", "beta", "gate"],
     "plgc": ["mixing", "contrast"],
     "mdifffr": ["conditions", "diffusion"],
+    "light_mdifffr": ["conditions", "diffusion"],
+    "fedvbpr": ["modality", "sampling"],
 }
 MULTIMODAL = ["strategy", "modality", "noise", "sampling"]
 

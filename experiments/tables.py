@@ -33,6 +33,7 @@ flags.DEFINE_multi_string("override", [], "A flag handed to every run after its 
 flags.DEFINE_bool("run", True, "False: only print what is there.")
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
+DIVERGED = 3  # exit code of launch.py
 
 
 def run_one(flagfile: Path, seed: int, workdir: Path) -> None:
@@ -44,8 +45,11 @@ def run_one(flagfile: Path, seed: int, workdir: Path) -> None:
         f"--data_dir={FLAGS.data_dir}", "--noprogress", "--noplots", "--checkpoint_every=0",
         f"--compile_cache={Path(FLAGS.out) / 'compiled'}", f"--k={','.join(FLAGS.k)}", *FLAGS.override,
     ]  # fmt: skip
-    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+    code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    if code == DIVERGED:
         print(f"{workdir}: no result (see above); the table counts the seeds that have one", file=sys.stderr)
+    elif code:  # refused or stopped: no finding about the method
+        sys.exit(code)
 
 
 def row_name(flagfile: str, dataset: str) -> str:

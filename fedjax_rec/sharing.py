@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float
 from fedjax_rec import aggregate
 from fedjax_rec.method import Aggregator, LocalData, Method, Sampling, Server
 from fedjax_rec.roles import difference
-from fedjax_rec.types import Params, PRNGKey
+from fedjax_rec.types import Params, PRNGKey, PyTree
 from fedjax_rec.validate import one_of, positive
 
 
@@ -57,6 +58,8 @@ class LocalConfig:
     evaluate_at: str = "post_aggregate"
     client_init: str = "random"
 
+    WEIGHTINGS: ClassVar[tuple[str, ...]] = ("equal", "by_size")
+
     def __post_init__(self):
         for name in ("dim", "lr", "item_lr_scale", "server_lr", "negatives", "local_epochs"):
             positive(name, getattr(self, name))
@@ -66,7 +69,7 @@ class LocalConfig:
         one_of("draw", self.draw, ("stratified", "independent"))
         one_of("optimizer", self.optimizer, ("sgd", "momentum", "adam"))
         one_of("server_optimizer", self.server_optimizer, tuple(SERVER_OPTIMIZERS))
-        one_of("weighting", self.weighting, ("equal", "by_size"))
+        one_of("weighting", self.weighting, self.WEIGHTINGS)
         one_of("evaluate_at", self.evaluate_at, ("post_aggregate", "post_local"))
         one_of("client_init", self.client_init, ("random", "shared"))
 
@@ -94,6 +97,12 @@ SERVER_OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = 
 def item_table(key: PRNGKey, num_items: int, width: int, std: float) -> Float[Array, "items width"]:
     """A table of normal entries; with std 0 of zeros, without drawing any."""
     return std * jax.random.normal(key, (num_items, width)) if std else jnp.zeros((num_items, width))
+
+
+def step_by_change(optimizer: optax.GradientTransformation, change: PyTree, state: PyTree, values: PyTree):
+    """(values, state) after the server's optimiser took the clients' mean change, negated, for a gradient."""
+    step, state = optimizer.update(jax.tree.map(jnp.negative, change), state, values)
+    return optax.apply_updates(values, step), state
 
 
 def sharing_method(
@@ -142,10 +151,7 @@ def sharing_method(
         return {role: params[role] for role in private_roles}, update
 
     def server_update(key, server, received):
-        # optimisers descend: the negated mean change plays the gradient
-        gradient = jax.tree.map(jnp.negative, received.value)
-        step, state = optimizer.update(gradient, server.private, server.shared)
-        return Server(shared=optax.apply_updates(server.shared, step), private=state), ()
+        return Server(*step_by_change(optimizer, received.value, server.private, server.shared)), ()
 
     return Method(
         name=name,

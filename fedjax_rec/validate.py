@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def positive(name: str, value: int | float, *, zero_allowed: bool = False) -> None:
     if not (value > 0 or (zero_allowed and value == 0)):
         raise ValueError(f"{name}={value}: expected a number {'>= 0' if zero_allowed else '> 0'}")
+
+
+def widths(name: str, values: Sequence[int]) -> None:
+    """Layers of a network: at least one, none empty."""
+    if not values or min(values) < 1:
+        raise ValueError(f"{name}={values}: expected one width or more, each > 0, like 32,16")
 
 
 def between(name: str, value: int | float, low: int | float, high: int | float) -> None:

@@ -44,6 +44,26 @@ for method in [*tune.METHODS, *over, *tune.ALONE]:
         print(method, trial)
 """
 
+ABLATIONS = """
+import pathlib, re, sys
+sys.path.insert(0, "experiments")
+import ablations
+from fedjax_rec.methods import make_config
+for path in sorted(pathlib.Path("experiments").glob("*.flags")):
+    said = path.read_text()
+    method = re.search(r"^--method=(\\S+)", said, re.MULTILINE)
+    if method is None or not {method[1]} & {*ablations.OF_METHOD, "fedvlr", "fedmr", "mlp_fusion"}:
+        continue
+    read = lambda lines: dict(x.removeprefix("--set=").split("=", 1) for x in lines if x.startswith("--set="))
+    given = read(said.splitlines())
+    for flag in re.findall(r"^--backbone=(\\S+)", said, re.MULTILINE):
+        given["backbone"] = flag
+    for group in ablations.groups_of(str(path)):
+        for name, changes in ablations.GROUPS[group].items():
+            make_config(method[1], {**given, **read(changes)})
+            print(path, name)
+"""
+
 
 def test_a_new_method_is_short_and_runs_from_the_command_line(tmp_path):
     """The whole method stands between two rules of the file: under 40 lines, and it beats popularity."""
@@ -63,7 +83,9 @@ def test_a_new_method_is_short_and_runs_from_the_command_line(tmp_path):
     assert refused.returncode == 2 and "did you mean bias_lr_scale?" in refused.stderr
 
 
-@pytest.mark.parametrize("code, lines", [(FLAGFILES, 2), (SETTINGS, 27)], ids=["flagfiles", "drawn settings"])
+@pytest.mark.parametrize(
+    "code, lines", [(FLAGFILES, 2), (SETTINGS, 27), (ABLATIONS, 99)], ids=["flagfiles", "drawn settings", "ablations"]
+)
 def test_they_are_valid_configurations(code, lines):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT)
     assert done.returncode == 0, done.stderr
@@ -100,6 +122,14 @@ def test_ablations_write_markdown_and_plots_and_are_not_run_twice(base, tmp_path
     held = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/seed_*/summary.json")}
     assert len(held) >= 3
     assert call(*command) == said and all(path.stat().st_mtime_ns == time for path, time in held.items())
+
+
+def test_a_recipe_that_is_refused_is_no_finding(base, tmp_path):
+    bad = tmp_path / "synthetic_bad.flags"
+    bad.write_text(f"--flagfile={base}\n--set=operators=sum,sum\n")
+    command = [sys.executable, "experiments/tables.py", f"--out={tmp_path}", "--seeds=1", str(bad)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT)
+    assert done.returncode == 2 and "each once" in done.stderr
 
 
 def test_tables_judge_claims(base, tmp_path):

@@ -140,7 +140,7 @@ def test_it_learns_what_users_took():
         state, info = machine.round(KEY, state, number)
         losses.append(float(info["loss"]))
     assert losses[-1] < 0.9 * losses[0]
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(on_host(state)))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(on_host(machine, state)))
 
 
 @pytest.mark.parametrize(

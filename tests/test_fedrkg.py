@@ -160,7 +160,9 @@ def test_released_preset():
     state, _ = engine.round(KEY, state, 0)
     steps = -(-3 * max(np.bincount(split().train.user)) // 8)  # 3 samples per positive, batches of 8
     moved = np.linalg.norm((np.asarray(state.clients["own_item"]) - before).reshape(len(before), -1), axis=1)
-    assert 0 < moved.max() <= 1.001 * steps * 0.1 * ITEMS * fedrkg.RELEASED_ITEM_RATE  # each step's norm is 1 at most
+    assert 0 < moved.max() <= 1.001 * steps * 0.1 * ITEMS * 80  # each step's norm is 1 at most
+    mine = methods.make_config("fedrkg", {"preset": "released", "clip_norm": 0.1, "delay": False, "item_lr_scale": 2})
+    assert (mine.clip_norm, mine.delay, mine.item_lr_scale, mine.rate_by_items) == (0.1, False, 2.0, True)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_rec import methods
+from fedjax_rec import aggregate, methods
 from fedjax_rec.item_sources import Catalogue, views
 from fedjax_rec.method import Aggregate
+from fedjax_rec.privacy import mechanisms
 
 USERS, ITEMS = 5, 30
 
@@ -147,3 +148,74 @@ def test_noise_has_the_variance_of_the_weighted_mean():
 def test_a_data_set_without_features_is_refused():
     with pytest.raises(ValueError, match="fuses item features and the data set has none"):
         methods.build("fedvlr", 4, ITEMS)
+
+
+def stepped(name="fedvlr", upload=None, **settings):
+    """(server before, after) a step from an upload: by default ones in every shared role."""
+    small = {"dim": 4, "id_dim": 2 if name == "fedvbpr" else 6, "backbone": "fedncf", "layers": (4,), "lr": 0.5}
+    method = methods.build(name, USERS, ITEMS, catalogue(ITEMS, 7), **{**small, **settings})
+    server = method.init_server(jax.random.key(1))
+    copied = settings.get("update") == "parameters" or name == "fedvbpr"
+    sent = server.shared if copied else {**server.shared, "views": jnp.zeros((ITEMS, 3, 4))}
+    sent = jax.tree.map(upload or jnp.ones_like, sent)
+    if settings.get("noise_std"):
+        sent["weight"] = jnp.ones(())
+    received = Aggregate(sent, jnp.ones(()), jnp.float32(USERS))
+    return server, method.server_update(jax.random.key(0), server, received)[0]
+
+
+@pytest.mark.parametrize("name", ["fedvlr", "fedvbpr"])
+def test_the_server_steps_what_is_averaged(name):
+    """FedNCF's table and network, and the copies, by the server's rate and optimiser."""
+    roles = ["item", "network", *(["fusion"] if name == "fedvbpr" else [])]
+    for settings, size in (({}, 1.0), ({"server_lr": 3.0}, 3.0), ({"server_optimizer": "adam", "server_lr": 0.1}, 0.1)):
+        before, after = stepped(name, **settings)
+        for role in roles:
+            moved = jax.tree.map(jnp.subtract, after.shared[role], before.shared[role])
+            jax.tree.map(lambda x, s=size: np.testing.assert_allclose(x, s, rtol=2e-3), moved)
+    if name == "fedvbpr":
+        moved = jax.tree.map(jnp.subtract, after.shared["guide"], before.shared["guide"])
+        assert {m: float(np.abs(x).max()) > 0 for m, x in moved.items()} == {"id": True, "image": False, "text": False}
+
+
+@pytest.mark.parametrize("noise_on", ["gradients", "views"])
+def test_everything_that_is_sent_gets_the_noise(noise_on):
+    before, after = stepped(upload=jnp.zeros_like, noise_std=0.5, noise_on=noise_on)
+    for role in ("item", "network"):
+        moved = jax.tree.map(jnp.subtract, after.shared[role], before.shared[role])
+        assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(moved)), role
+    quiet = stepped(upload=jnp.zeros_like)
+    jax.tree.map(np.testing.assert_array_equal, quiet[0].shared, quiet[1].shared)
+
+
+def test_uploads_weigh_as_told():
+    weighting = lambda name, **s: methods.build(name, USERS, ITEMS, catalogue(ITEMS, 7), **s).config.weighting
+    assert weighting("fedvlr") == "by_size" and weighting("fedvlr", backbone="fcf") == "equal"
+    assert weighting("fedvlr", weighting="equal") == weighting("fedmr") == "equal"
+    assert weighting("fedmr", weighting="by_size") == weighting("fedmr", weighting="backbone") == "by_size"
+    by = lambda **s: methods.build("fedvlr", USERS, ITEMS, catalogue(ITEMS, 7), **s).aggregator.weight
+    assert (by(weighting="equal"), by()) == (aggregate.equal, aggregate.by_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("fedvlr", {"operators": "sum,sum"}, "operators=sum,sum: expected one or more, each once"),
+        ("fedvlr", {"operators": "attention", "dim": 30}, "dim=30: expected a multiple of the 4 heads"),
+        ("fedvbpr", {"dim": 33, "id_dim": 16}, "dim=33: expected an even width"),
+        ("fedvlr", {"layers": "0,4"}, r"layers=\(0, 4\): expected one width or more"),
+        ("fedvlr", {"branches": "nuemf"}, "did you mean neumf"),
+        ("fedvlr", {"independence": -1}, "independence=-1"),
+        ("fedvlr", {"network_lr_scale": 0}, "network_lr_scale=0"),
+        ("fedvbpr", {"l2": 0.1}, "l2=0.1 with update=parameters"),
+    ],
+)
+def test_wrong_settings_are_named(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        methods.make_config(name, settings)
+
+
+def test_two_kinds_of_noise_on_uploads_are_refused():
+    method = methods.build("fedvlr", USERS, ITEMS, catalogue(ITEMS, 7), noise_std=0.1)
+    with pytest.raises(ValueError, match=r"noise_std=0.1 with dp_mechanism=gaussian"):
+        mechanisms.private(method, mechanisms.Mechanism("gaussian", clip=1.0, noise=1.0), USERS)

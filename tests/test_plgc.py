@@ -39,11 +39,12 @@ def play(method, rounds=3):
     for number in range(rounds):
         state, info = machine.round(KEY, state, number)
         infos.append(info)
-    return on_host(state), infos
+    return on_host(machine, state), infos
 
 
 def start(method):
-    return on_host(engine(method).init(KEY))
+    machine = engine(method)
+    return on_host(machine, machine.init(KEY))
 
 
 # ---- the coefficient ---------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def test_the_trace_of_a_linear_scorer_is_that_of_its_rows():
     np.testing.assert_allclose(plgc.spread(features, mask), np.trace(kernel) / 6, rtol=1e-5)
     largest = np.linalg.eigvalsh(kernel)[-2:].sum() / 6
     np.testing.assert_allclose(plgc.spread(features, mask, top=2), largest, rtol=1e-5)
-    plain = np.trace(rows @ rows.T) / 6 + 1  # the bias has gradient 1
+    plain = np.trace(rows @ rows.T) / 6
     np.testing.assert_allclose(plgc.spread(features, mask, centre=False), plain, rtol=1e-5)
 
 
@@ -119,7 +120,7 @@ def test_the_output_layers_kernel_is_that_of_the_hidden_features():
     x = np.concatenate([np.tile(params["user"][None], (9, 1)), table], axis=1)
     for layer in params["network"]["tower"]["params"].values():
         x = np.maximum(x @ layer["kernel"] + layer["bias"], 0)
-    np.testing.assert_allclose(features, np.concatenate([np.ones((9, 1)), x], axis=1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(features, x, rtol=1e-5, atol=1e-6)
     whole = plgc.tangent_features(client, params, table, plgc.Config(**{**vars(config), "kernel": "network"}))
     weights = sum(x.size for x in jax.tree.leaves(params))
     assert whole.shape == (9, weights)
@@ -130,7 +131,7 @@ def test_the_kernel_of_the_probability_weighs_rows():
     client = plgc._client(config)
     params, table = client.model.init(KEY), jax.random.normal(jax.random.key(1), (9, 4))
     p = np.asarray(jax.nn.sigmoid(client.model.predict(params, table)))
-    expected = (p * (1 - p))[:, None] * np.concatenate([np.ones((9, 1)), table], axis=1)
+    expected = (p * (1 - p))[:, None] * np.asarray(table)
     np.testing.assert_allclose(plgc.tangent_features(client, params, table, config), expected, rtol=1e-5, atol=1e-6)
 
 

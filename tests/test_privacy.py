@@ -362,6 +362,9 @@ def test_releases_of_fedrkg():
     assert (noisy.noise, noisy.sensitivity, noisy.count) == (0.3, 0.2, 4 * 3)
     gate = {**steps, "guidance": "ag", "gate_epochs": 5, "step_noise": 0.3}
     assert plan_of(method="fedrkg", settings=gate)["step"].releases[0].count == 4 * 3 + 2 * 5
+    shared = {**steps, "step_noise": 0.3, "backbone": "fedncf", "scorer": "shared", "layers": (4,)}
+    both = plan_of(method="fedrkg", settings=shared, **given, dp_clip=0.5)
+    assert "the network" in both["step"].unprotected[0] and not both["upload"].unprotected
     unclipped = plan_of(method="fedrkg", settings={**steps, "clip_norm": 0.0}, **given)["upload"].releases
     assert all(math.isinf(r.sensitivity) for r in unclipped)
 

@@ -36,7 +36,7 @@ from fedjax_rec.method import Aggregate, Aggregator, Batch, Method, Server, batc
 from fedjax_rec.roles import OPTIMIZERS, binary_cross_entropy, masked_mean
 from fedjax_rec.sharing import LocalConfig, item_table
 from fedjax_rec.types import Params, PRNGKey, PyTree
-from fedjax_rec.validate import positive
+from fedjax_rec.validate import positive, widths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class NeuMFConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        positive("layers", len(self.layers))
+        widths("layers", self.layers)
 
 
 def mf(config: Config, num_users: int, num_items: int, name: str = "mf") -> Method:

@@ -59,16 +59,18 @@ class Gate(nn.Module):
         return nn.Dense(self.dim)(jnp.concatenate(gated, -1))
 
 
+HEADS = 4
+
+
 class Attention(nn.Module):
     """Self-attention among an item's modalities, then one linear layer over all of them."""
 
     dim: int
-    heads: int = 4
 
     @nn.compact
     def __call__(self, parts):
         tokens = jnp.stack(parts, -2)
-        mixed = nn.MultiHeadDotProductAttention(self.heads, qkv_features=self.dim)(tokens)
+        mixed = nn.MultiHeadDotProductAttention(HEADS, qkv_features=self.dim)(tokens)
         return nn.Dense(self.dim)(mixed.reshape(*mixed.shape[:-2], -1))
 
 

@@ -42,7 +42,6 @@ from fedjax_rec.sharing import LocalConfig, item_table
 from fedjax_rec.validate import between, one_of, positive
 
 ANCHORS_AT_ONCE = 64
-RELEASED_ITEM_RATE = 80.0  # lr_eta of the released code, times the number of items
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,8 @@ class Config(LocalConfig):
     reg: weight of the contrast. temperature, base_temperature: tau and tau_0.
     contrast_items: anchors drawn at every step; 0 takes all items.
     own_lr_scale: rate of the item table relative to lr.
-    preset: `paper`, or `released` for the released code's item rate and start.
+    rate_by_items: the rate of the item table is lr * own_lr_scale * items, as in the released code.
+    preset: `paper`, or `released` for the released code's item rate and start, see PRESETS.
     Others: see LocalConfig; the server averages (server_optimizer, server_lr and weighting stay as they are).
     """
 
@@ -65,6 +65,7 @@ class Config(LocalConfig):
     base_temperature: float = 0.5
     contrast_items: int = 0
     own_lr_scale: float = 20.0
+    rate_by_items: bool = False
     preset: str = "paper"
 
     def __post_init__(self):
@@ -75,6 +76,12 @@ class Config(LocalConfig):
             positive(name, getattr(self, name))
         for name in ("reg", "contrast_items"):
             positive(name, getattr(self, name), zero_allowed=True)
+
+
+PRESETS = {
+    "paper": Config(),
+    "released": Config(preset="released", rate_by_items=True, own_lr_scale=80.0, init_std=1.0),
+}
 
 
 def directions(table: Float[Array, "items dim"]) -> Float[Array, "items dim"]:
@@ -130,9 +137,8 @@ def cofedrec(config: Config, num_users: int, num_items: int, name: str = "cofedr
     """CoFedRec; see the module docstring."""
     between("item_clusters", config.item_clusters, 1, num_items)
     item_lr = config.lr * config.own_lr_scale
-    if config.preset == "released":
-        config = dataclasses.replace(config, client_init="shared", init_std=1.0)
-        item_lr = config.lr * num_items * RELEASED_ITEM_RATE
+    if config.rate_by_items:
+        item_lr *= num_items
     backbone = linear_head(config.dim)
     strength = config.reg * config.temperature / config.base_temperature
 

@@ -39,7 +39,7 @@ from fedjax_rec.method import LocalData, Method, Sampling
 from fedjax_rec.roles import OPTIMIZERS, by_role, difference
 from fedjax_rec.sharing import LocalConfig, item_table, sharing_method
 from fedjax_rec.types import Params, PRNGKey
-from fedjax_rec.validate import between, one_of, positive
+from fedjax_rec.validate import between, one_of, positive, widths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Config(LocalConfig):
         positive("beta", self.beta, zero_allowed=True)
         for name in ("gate_width", "history_rows"):
             positive(name, getattr(self, name))
-        positive("layers", len(self.layers))
+        widths("layers", self.layers)
 
     def sampling(self) -> Sampling:
         # the fewest samples the engine draws: one pass, whatever the number of steps on the history

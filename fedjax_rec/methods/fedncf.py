@@ -20,7 +20,7 @@ from fedjax_rec.backbones.ncf import neural_cf
 from fedjax_rec.method import Method
 from fedjax_rec.roles import binary_cross_entropy, local_sgd
 from fedjax_rec.sharing import LocalConfig, item_table, sharing_method
-from fedjax_rec.validate import one_of, positive
+from fedjax_rec.validate import one_of, positive, widths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Config(LocalConfig):
         one_of("branches", self.branches, ("mlp", "neumf"))
         positive("network_lr_scale", self.network_lr_scale)
         positive("user_init_std", self.user_init_std, zero_allowed=True)
-        positive("layers", len(self.layers))
+        widths("layers", self.layers)
 
 
 def fedncf(config: Config, num_users: int, num_items: int, name: str = "fedncf") -> Method:

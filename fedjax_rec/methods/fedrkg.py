@@ -70,14 +70,12 @@ from fedjax_rec.roles import (
     run_steps,
     sgd_step,
 )
-from fedjax_rec.sharing import SERVER_OPTIMIZERS, LocalConfig, item_table
+from fedjax_rec.sharing import SERVER_OPTIMIZERS, LocalConfig, item_table, step_by_change
 from fedjax_rec.types import Params
-from fedjax_rec.validate import between, one_of, positive
+from fedjax_rec.validate import between, one_of, positive, widths
 
 BACKBONES = ("fedmf", "fedncf", "pfedrec")
 GUIDANCE = ("ag", "kg", "global_only", "personal_only", "local_only")
-RELEASED_ITEM_RATE = 80.0  # lr_eta of the released code, times the number of items
-RELEASED_CLIP = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +92,11 @@ class Config(LocalConfig):
         then work on the whole table.
     rate_decay: factor on all rates but the gate's per round.
     scorer: fedncf's network is `local`, or `shared` and averaged every round.
-    preset: `paper` or `released` (which sets clip_norm, delay, client_init, init_std and the item rate).
+    preset: `paper` or `released`: the defaults of the other settings, see PRESETS.
+    rate_by_items: the table's rate is lr * item_lr_scale * items, not clients, as in the released code.
+    user_model: fedmf's user is a `vector`, or a `linear` layer with its usual start, as in the released code.
     user_bias, user_init_std: of fedmf; layers, branches, network_lr_scale: of fedncf.
+    weighting: of the shared network; P_g is the plain mean.
     Others: see LocalConfig.
     """
 
@@ -111,6 +112,8 @@ class Config(LocalConfig):
     rate_decay: float = 1.0
     scorer: str = "local"
     preset: str = "paper"
+    rate_by_items: bool = False
+    user_model: str = "vector"
     user_bias: bool = True
     user_init_std: float = 0.01
     layers: tuple[int, ...] = (32,)
@@ -122,24 +125,42 @@ class Config(LocalConfig):
         one_of("backbone", self.backbone, BACKBONES)
         one_of("guidance", self.guidance, GUIDANCE)
         one_of("scorer", self.scorer, ("local", "shared"))
+        one_of("user_model", self.user_model, ("vector", "linear"))
         one_of("preset", self.preset, ("paper", "released"))
         one_of("branches", self.branches, ("mlp", "neumf"))
         between("beta", self.beta, 0.0, 1.0)
         between("rate_decay", self.rate_decay, 0.0, 1.0)
         for name in ("interval", "gate_epochs", "network_lr_scale"):
             positive(name, getattr(self, name))
-        positive("layers", len(self.layers))
+        widths("layers", self.layers)
         for name in ("gate_lr", "clip_norm", "step_noise", "user_init_std"):
             positive(name, getattr(self, name), zero_allowed=True)
         if self.backbone == "pfedrec":
             one_of("optimizer", self.optimizer, ("sgd",))
+        if not (self.backbone == "fedncf" and self.scorer == "shared"):
+            one_of("weighting", self.weighting, ("equal",))  # P_g is the plain mean
         if self.step_noise:
             one_of("optimizer", self.optimizer, ("sgd",))
-            if not (self.clip_norm or self.preset == "released"):
+            if not self.clip_norm:
                 raise ValueError(
                     f"step_noise={self.step_noise:g}: expected clip_norm > 0, the bound on gradients that the noise "
                     "is to hide; set clip_norm"
                 )
+
+
+PRESETS = {
+    "paper": Config(),
+    "released": Config(
+        preset="released",
+        clip_norm=1.0,
+        delay=True,
+        client_init="shared",
+        init_std=1.0,
+        item_lr_scale=80.0,
+        rate_by_items=True,
+        user_model="linear",
+    ),
+}
 
 
 def gate_values(gate: Params, own: Float[Array, "rows dim"], guide: Float[Array, "rows dim"]) -> Float[Array, "rows"]:
@@ -165,14 +186,12 @@ def is_guidance_round(config: Config, round_: int) -> bool:
 
 def item_rate(config: Config, num_users: int, num_items: int) -> float:
     """Rate of the table."""
-    return config.lr * num_items * RELEASED_ITEM_RATE if config.preset == "released" else config.item_lr(num_users)
+    return config.item_lr(num_items if config.rate_by_items else num_users)
 
 
 def fedrkg(config: Config, num_users: int, num_items: int, name: str = "fedrkg") -> Method:
     """FedRKG; see the module docstring."""
     item_lr = item_rate(config, num_users, num_items)
-    if config.preset == "released":
-        config = dataclasses.replace(config, clip_norm=RELEASED_CLIP, delay=True, client_init="shared", init_std=1.0)
     backbone = _backbone(config)
     sends_network = config.backbone == "fedncf" and config.scorer == "shared" and config.guidance != "local_only"
     averaged = ("network",) if sends_network else ()
@@ -218,10 +237,7 @@ def fedrkg(config: Config, num_users: int, num_items: int, name: str = "fedrkg")
         """The server's optimisers applied to the mean change of some roles."""
         shared, states = dict(server.shared), dict(server.private)
         for role, value in change.items():
-            # optimisers descend: the negated mean change plays the gradient
-            down = jax.tree.map(jnp.negative, value)
-            step, states[role] = optimizer.update(down, states[role], shared[role])
-            shared[role] = optax.apply_updates(shared[role], step)
+            shared[role], states[role] = step_by_change(optimizer, value, states[role], shared[role])
         return Server(shared, states)
 
     def new_guide(key, server, mean):
@@ -293,7 +309,7 @@ def _backbone(config: Config) -> Backbone:
     if config.backbone == "fedncf":
         gmf = config.branches == "neumf"
         return neural_cf(config.dim, layers=config.layers, gmf=gmf, init_std=config.user_init_std)
-    if config.backbone == "pfedrec" or config.preset == "released":
+    if config.backbone == "pfedrec" or config.user_model == "linear":
         return linear_head(config.dim)
     return matrix_factorisation(config.dim, bias=config.user_bias, init_std=config.user_init_std)
 

@@ -47,9 +47,9 @@ from fedjax_rec.roles import (
     item_roles,
     other_roles,
 )
-from fedjax_rec.sharing import SERVER_OPTIMIZERS, LocalConfig, item_table
+from fedjax_rec.sharing import SERVER_OPTIMIZERS, LocalConfig, item_table, step_by_change
 from fedjax_rec.types import PyTree
-from fedjax_rec.validate import one_of, positive
+from fedjax_rec.validate import one_of, positive, widths
 
 LOSSES = {"pointwise": binary_cross_entropy, "bpr": bayesian_personalised_ranking}
 ABLATIONS = ("keep", "drop", "random")
@@ -77,8 +77,9 @@ class Config(LocalConfig):
         loss: `pointwise` cross-entropy, or `bpr` over the pairs of a batch.
         noise_std: standard deviation of Gaussian noise on every client's upload, drawn once on the server with the
             variance of the weighted mean. noise_on: `gradients` of D and gamma, as in the papers' tables, or the
-            `views` cotangents that are really sent.
-        l2: weight decay of D and gamma.
+            `views` cotangents that are really sent; FedNCF's shared table and network get it either way.
+        l2: weight decay of D and gamma, under update=gradients.
+        weighting: of uploads, `backbone` for FedAvg's by size and the others' equal ones.
         cold_ids: ID rows of items that training never touches: `zero` or the `mean` of the others.
         user_init_std, layers, branches, network_lr_scale, independence, sparsity, anneal, own_lr_scale,
             own_init_std: of the backbones, see fedmf, fedncf and fedrap.
@@ -119,6 +120,9 @@ class Config(LocalConfig):
     anneal: bool = True
     own_lr_scale: float = 0.2
     own_init_std: float = 0.0
+    weighting: str = "backbone"
+
+    WEIGHTINGS = ("backbone", "equal", "by_size")
 
     def __post_init__(self):
         super().__post_init__()
@@ -130,16 +134,27 @@ class Config(LocalConfig):
         one_of("noise_on", self.noise_on, ("gradients", "views"))
         one_of("loss", self.loss, LOSSES)
         one_of("cold_ids", self.cold_ids, ("zero", "mean"))
-        positive("operators", len(self.operators))
+        one_of("branches", self.branches, ("mlp", "neumf"))
+        widths("layers", self.layers)
         if self.operators != ("vbpr",):
+            if not self.operators or len(set(self.operators)) < len(self.operators):
+                raise ValueError(f"operators={','.join(self.operators)}: expected one or more, each once")
             for operator in self.operators:
                 one_of("operators", operator, views.OPERATORS)
+        elif self.dim % 2:
+            raise ValueError(f"dim={self.dim}: expected an even width, half of which is fedvbpr's ID vector")
+        if "attention" in self.operators and self.dim % views.HEADS:
+            raise ValueError(f"dim={self.dim}: expected a multiple of the {views.HEADS} heads of operators=attention")
         for name in ("visual", "text", "ids"):
             one_of(name, getattr(self, name), ABLATIONS)
-        for name in ("id_dim", "temperature", "fusion_lr_scale", "router_lr_scale"):
+        for name in ("id_dim", "temperature", "fusion_lr_scale", "router_lr_scale", "network_lr_scale"):
             positive(name, getattr(self, name))
-        for name in ("noise_std", "l2"):
+        for name in (
+            "noise_std", "l2", "user_init_std", "independence", "sparsity", "own_lr_scale", "own_init_std"
+        ):  # fmt: skip
             positive(name, getattr(self, name), zero_allowed=True)
+        if self.update == "parameters" and self.l2:
+            raise ValueError(f"l2={self.l2:g} with update=parameters: clients train copies without it; leave it out")
         if self.update == "parameters" and self.noise_std and self.noise_on == "views":
             raise ValueError("noise_on=views with update=parameters: no views are sent; set noise_on=gradients")
         if self.update == "parameters" and self.fusion_optimizer:
@@ -191,8 +206,10 @@ def multimodal(config: Config, num_users: int, num_items: int, name: str, catalo
     warm = None if catalogue.warm is None else jnp.asarray(catalogue.warm)
     backbone = fused_backbone(config.backbone, num_items, config)
     module = views.fusion(config.operators, config.dim, layer_norm=config.layer_norm)
-    weighting = backbone.weighting if name != "fedmr" else config.weighting
-    weight = {"equal": aggregate.equal, "by_size": aggregate.by_size}[weighting]
+    if config.weighting == "backbone":
+        config = dataclasses.replace(config, weighting=backbone.weighting)
+    weight = {"equal": aggregate.equal, "by_size": aggregate.by_size}[config.weighting]
+    averaging = SERVER_OPTIMIZERS[config.server_optimizer](config.server_lr)
     client = _ClientSide(config, backbone, num_users)
     optimizer = _server_optimizer(config, num_users)
 
@@ -213,9 +230,15 @@ def multimodal(config: Config, num_users: int, num_items: int, name: str, catalo
         k_shared, k_trainable = jax.random.split(key)
         shared, trainable = backbone.init_shared(k_shared), init_trainable(k_trainable)
         if config.update == "parameters":
-            shared = {**shared, "guide": {ID: trainable[ID], **features}, "fusion": trainable["operators"]}
-            return Server(shared=shared, private={"optimizer": ()})
-        private = {"trainable": trainable, "optimizer": optimizer.init(trainable), "features": features}
+            copied = {**shared, "fusion": trainable["operators"], "guide": {ID: trainable[ID]}}
+            shared = {**copied, "guide": {**copied["guide"], **features}}
+            return Server(shared=shared, private={"averaging": averaging.init(copied)})
+        private = {
+            "trainable": trainable,
+            "optimizer": optimizer.init(trainable),
+            "averaging": averaging.init(shared),
+            "features": features,
+        }
         return Server(shared=shared, private=private)
 
     def publish(key, server):
@@ -240,8 +263,16 @@ def multimodal(config: Config, num_users: int, num_items: int, name: str, catalo
         variance = sent.pop("weight", 0.0) / jnp.maximum(received.weight, 1e-12)  # sum of alpha_u^2
         scale = config.noise_std * jnp.sqrt(variance)
         if config.update == "parameters":
-            return Server(_averaged(key, server.shared, sent, scale, config), server.private), ()
+            sent["guide"] = {ID: sent["guide"][ID]}  # features have no change
+            if config.noise_std:
+                sent = _noisy(key, sent, scale)
+            guide = server.shared["guide"]
+            moving = {**{role: server.shared[role] for role in sent}, "guide": {ID: guide[ID]}}
+            moved, state = step_by_change(averaging, sent, server.private["averaging"], moving)
+            return Server({**server.shared, **moved, "guide": {**guide, **moved["guide"]}}, {"averaging": state}), ()
         cotangent = sent.pop("views")
+        if config.noise_std:
+            sent = _noisy(jax.random.fold_in(key, 1), sent, scale)
         if config.noise_std and config.noise_on == "views":
             cotangent = cotangent + scale * jax.random.normal(key, cotangent.shape)
         trainable = server.private["trainable"]
@@ -250,9 +281,10 @@ def multimodal(config: Config, num_users: int, num_items: int, name: str, catalo
             grads = _noisy(key, grads, scale)
         grads = jax.tree.map(lambda g, p: g + config.l2 * p, grads, trainable)
         step, state = optimizer.update(grads, server.private["optimizer"], trainable)
-        shared = {role: jax.tree.map(jnp.add, server.shared[role], change) for role, change in sent.items()}
-        private = {**server.private, "trainable": optax.apply_updates(trainable, step), "optimizer": state}
-        return Server({**server.shared, **shared}, private), ()
+        shared, averaged = step_by_change(averaging, sent, server.private["averaging"], server.shared)
+        trainable = optax.apply_updates(trainable, step)
+        private = {**server.private, "trainable": trainable, "optimizer": state, "averaging": averaged}
+        return Server(shared, private), ()
 
     def views_of(params):
         if config.update == "parameters":
@@ -308,15 +340,6 @@ def _noisy(key, tree, scale):
     keys = jax.random.split(key, len(leaves))
     drawn = [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     return jax.tree.unflatten(shape, drawn)
-
-
-def _averaged(key, shared, sent, scale, config: Config):
-    """Shared roles plus the mean change; features have none."""
-    moved = {**sent, "guide": {ID: sent["guide"][ID]}}
-    if config.noise_std:
-        moved = _noisy(key, moved, scale)
-    new = {role: jax.tree.map(jnp.add, shared[role], moved[role]) for role in moved if role != "guide"}
-    return {**shared, **new, "guide": {**shared["guide"], ID: shared["guide"][ID] + moved["guide"][ID]}}
 
 
 @dataclasses.dataclass(frozen=True)

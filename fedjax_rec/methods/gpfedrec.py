@@ -38,7 +38,7 @@ from fedjax_rec.roles import binary_cross_entropy, run_steps, sgd_step
 from fedjax_rec.server import graph
 from fedjax_rec.sharing import LocalConfig, item_table
 from fedjax_rec.types import PRNGKey
-from fedjax_rec.validate import between, one_of, positive
+from fedjax_rec.validate import between, one_of, positive, widths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Config(LocalConfig):
             positive(name, getattr(self, name))
         for name in ("reg", "user_init_std"):
             positive(name, getattr(self, name), zero_allowed=True)
-        positive("layers", len(self.layers))
+        widths("layers", self.layers)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import dataclasses
 from fedjax_rec.method import Method
 from fedjax_rec.methods import fedmf, fedncf, pfedrec
 from fedjax_rec.sharing import LocalConfig
-from fedjax_rec.validate import one_of, positive
+from fedjax_rec.validate import one_of, positive, widths
 
 BACKBONES = {
     "fedmf": (fedmf.fedmf, fedmf.Config),
@@ -36,7 +36,7 @@ class OverConfig(LocalConfig):
         super().__post_init__()
         one_of("backbone", self.backbone, BACKBONES)
         one_of("branches", self.branches, ("mlp", "neumf"))
-        positive("layers", len(self.layers))
+        widths("layers", self.layers)
         positive("network_lr_scale", self.network_lr_scale)
         positive("user_init_std", self.user_init_std, zero_allowed=True)
         if self.backbone == "pfedrec":

@@ -28,14 +28,16 @@ from fedjax_rec.validate import one_of
 @dataclasses.dataclass(frozen=True)
 class Config(LocalConfig):
     """Attributes: preset: `paper`, or `released` for the released code's item rate and start (its lr is 0.1, its
-    batches 256, its negatives 4). Others: LocalConfig. A small item_lr_scale keeps the tuning on the client gentle,
-    server_lr makes up for it in the shared table."""
+    batches 256, its negatives 4), see PRESETS. rate_by_items: the table's rate is lr * item_lr_scale * items, not
+    clients. Others: LocalConfig. A small item_lr_scale keeps the tuning on the client gentle, server_lr makes up for it
+    in the shared table."""
 
     evaluate_at: str = "post_local"
     item_lr_scale: float = 0.02
     server_lr: float = 10.0
     client_init: str = "shared"
     preset: str = "paper"
+    rate_by_items: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -43,15 +45,15 @@ class Config(LocalConfig):
         one_of("optimizer", self.optimizer, ("sgd",))
 
 
-RELEASED_ITEM_RATE = 80.0  # lr_eta of the released code, times the number of items
+PRESETS = {
+    "paper": Config(),
+    "released": Config(preset="released", rate_by_items=True, item_lr_scale=80.0, init_std=1.0, server_lr=1.0),
+}
 
 
 def pfedrec(config: Config, num_users: int, num_items: int, name: str = "pfedrec") -> Method:
     """PFedRec; see the module docstring."""
-    item_lr = config.item_lr(num_users)
-    if config.preset == "released":
-        config = dataclasses.replace(config, client_init="shared", init_std=1.0, server_lr=1.0)
-        item_lr = config.lr * num_items * RELEASED_ITEM_RATE
+    item_lr = config.item_lr(num_items if config.rate_by_items else num_users)
     backbone = linear_head(config.dim)
 
     def loss(params, vectors, batch):

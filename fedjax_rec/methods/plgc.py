@@ -15,11 +15,11 @@ results of the paper were not at hand. What the abstract names, and what stands 
         columns of Z^A = E^L, Z^B = E^G standardised over the batch's n items (Zbontar et al. 2021)
 
 S_u are the rated items and this round's negatives. For a linear scorer j_i is the row itself, so kappa is exactly the
-trace of the centred kernel of the score function; under FedNCF's network it is the kernel of the output layer, or with
-`kernel=network` that of all its weights and the user's vector. The rule is a port of LG-Mix (Jiang et al., ICLR 2024),
-which mixes updates instead of forward passes; that PLGC's rule is its relative is our inference. lambda is worked out
-once a round, from the tables with which the round begins, and without gradient; at a client's first round
-E^L = E^G and lambda = 1/2.
+trace of the centred kernel of the score function (its bias left out); under FedNCF's network it is the kernel of the
+output layer, or with `kernel=network` that of all its weights and the user's vector. The rule is a port of LG-Mix
+(Jiang et al., ICLR 2024), which mixes updates instead of forward passes; that PLGC's rule is its relative is our
+inference. lambda is worked out once a round, from the tables with which the round begins, and without gradient; at a
+client's first round E^L = E^G and lambda = 1/2.
 
 `table=persistent` (default) keeps E^L on the client from its start as a copy of E^G; the upload is what training
 changed in E^L, so with equal weights, full participation and server_lr 1 the server's E^G is the mean of the clients'
@@ -52,7 +52,7 @@ from fedjax_rec.method import LocalData, Method, batch_at
 from fedjax_rec.roles import binary_cross_entropy, difference, local_sgd, run_steps, sgd_step
 from fedjax_rec.sharing import LocalConfig, item_table, sharing_method
 from fedjax_rec.types import Params
-from fedjax_rec.validate import between, one_of, positive
+from fedjax_rec.validate import between, one_of, positive, widths
 
 BACKBONES = ("fedmf", "fedncf", "pfedrec")
 SMALLEST_BATCH = 8  # samples below which correlations between columns say nothing
@@ -116,7 +116,7 @@ class Config(LocalConfig):
         for name in ("top_eigenvalues", "contrast_weight", "contrast_off_diagonal", "user_init_std"):
             positive(name, getattr(self, name), zero_allowed=True)
         positive("network_lr_scale", self.network_lr_scale)
-        positive("layers", len(self.layers))
+        widths("layers", self.layers)
         if self.backbone == "pfedrec":
             one_of("optimizer", self.optimizer, ("sgd",))
         if self.top_eigenvalues and self.kernel == "network" and self.backbone == "fedncf":
@@ -198,7 +198,7 @@ def touched(data: LocalData) -> Float[Array, "rows"]:
 def tangent_features(
     client: Client, params: Params, table: Float[Array, "rows dim"], config: Config
 ) -> Float[Array, "rows feat"]:
-    """d logit / d weights at every row of a table, weights laid out as one vector."""
+    """d logit / d weights at every row of a table, weights laid out as one vector; the last layer's bias left out."""
     weights = {role: params[role] for role in client.rates}
     moving = weights if config.kernel == "network" else client.last_layer(weights)
 
@@ -210,8 +210,11 @@ def tangent_features(
         logit = client.model.predict(held, row[None])[0]
         return jax.nn.sigmoid(logit) if config.probability else logit
 
-    gradients = jax.vmap(jax.grad(output), (None, 0))(moving, table)
-    return jnp.concatenate([x.reshape(table.shape[0], -1) for x in jax.tree.leaves(gradients)], axis=1)
+    gradients = jax.tree_util.tree_leaves_with_path(jax.vmap(jax.grad(output), (None, 0))(moving, table))
+    if config.kernel == "last_layer" or config.backbone != "fedncf":
+        # a bias of the output has the same gradient whatever the table
+        gradients = [(path, x) for path, x in gradients if path[-1].key != "bias"]
+    return jnp.concatenate([x.reshape(table.shape[0], -1) for _, x in gradients], axis=1)
 
 
 def kernel_coefficient(client: Client, params: Params, data: LocalData, config: Config) -> Float[Array, ""]:

@@ -194,7 +194,7 @@ def plans(ready: Experiment, rounds: int) -> dict[str, Plan]:
         steps = count * most_steps(ready.engine, method.sampling)
         if own.guidance == "ag":
             steps += guided * most_steps(ready.engine, method.exchange.sampling)
-        told = ("the network that is averaged in every round",) if sends and not found else ()
+        told = ("the network that is averaged in every round",) if sends else ()
         release = Release("gaussian", noise, 2.0 * own.clip_norm, steps)
         found["step"] = Plan((release,), told)
     return found

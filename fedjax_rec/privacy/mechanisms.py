@@ -73,7 +73,15 @@ def private(method: Method, mechanism: Mechanism, num_users: int, *, per_client:
         mechanism: see Mechanism.
         num_users: who takes part in an exchange.
         per_client: every client draws its own noise, even where the sum of all can be drawn at once.
+
+    Raises:
+        ValueError: for a method with noise of its own on uploads.
     """
+    if getattr(method.config, "noise_std", 0):
+        raise ValueError(
+            f"noise_std={method.config.noise_std:g} with dp_mechanism={mechanism.kind}: expected one kind of noise on "
+            "uploads; leave one of both out"
+        )
     noisy, dense = bool(mechanism.noise), mechanism.rows == "all"
     at_once = noisy and dense and can_be_summed(method.aggregator) and not per_client
 
