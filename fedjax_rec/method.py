@@ -183,6 +183,8 @@ class Method(NamedTuple):
         rows: `touched` restricts item roles to the working set; `all` hands every client the catalogue.
         config: the settings the method was built from, for the log.
         exchange: a dense pass over all clients in some rounds, or None.
+        public: roles of an upload that tell no more than how many steps a client takes; a privacy mechanism leaves them
+            as they are.
         init_mail: (Server) -> one client's mail before the first round, or () where the server answers nobody. A
             `download` is given () for a user who was not there in training.
     """
@@ -204,6 +206,7 @@ class Method(NamedTuple):
     config: Any = None
     explain: Callable[[Params, Params, LocalData], dict[str, Array]] = lambda shared, params, data: {}
     exchange: Exchange | None = None
+    public: tuple[str, ...] = ()
     init_mail: Callable[[Server], Mail] = lambda server: ()
 
 

@@ -152,7 +152,8 @@ def test_local_only_shares_nothing():
 def test_released_preset():
     engine = engine_of(preset="released", interval=1, lr=0.1)
     config = engine.method.config
-    assert (config.clip_norm, config.delay, config.client_init, config.init_std) == (1.0, True, "shared", 1.0)
+    assert (config.clip_norm, config.delay, config.client_init) == (1.0, True, "shared")
+    assert methods.make_config("fedrkg", {"preset": "released"}).init_std == 1.0
     state = engine.init(KEY)
     heads = np.asarray(state.clients["head"]["weight"])
     assert (heads == heads[0]).all()

@@ -344,7 +344,26 @@ def test_releases_of_a_run():
     assert plan_of() == {}
     assert plan_of(**clip)["upload"].unprotected == ()
     assert "numbers of samples" in plan_of(method="fedavg", **clip)["upload"].unprotected[0]
+    for apart in ("fedavg", "gpfedrec", "ease"):  # not the plain mean: there is no sum of equal uploads
+        assert plan_of(method=apart, **clip)["upload"].releases[0].sampled == 0
     assert "which rows" in plan_of(**clip, dp_rows="touched")["upload"].unprotected[0]
+
+
+def test_ids_are_not_noised():
+    with pytest.raises(ValueError, match=r"dp_mechanism=gaussian with method=mf: its clients send item ids"):
+        run.train(config("mf", dp_mechanism="gaussian", dp_clip=0.5, dp_noise=2.0), data=whole())
+
+
+@pytest.mark.parametrize("per_client", [False, True])
+def test_noise_does_not_multiply_the_table_of_ifedrec(per_client):
+    """The pull's factor multiplies the whole table: it is left as it is, and noise adds up as on a sent table."""
+    noisy = engine_of(
+        mechanisms.private(built("ipfedrec"), Mechanism("laplace", noise=50.0), USERS, per_client=per_client)
+    )
+    rounds = 12
+    plain, state = play(engine_of(built("ipfedrec")), rounds), play(noisy, rounds)
+    added = np.asarray(state.server.shared["item"] - plain.server.shared["item"]).std()
+    assert added < 50 * np.sqrt(2 * rounds / USERS) * 1.5
 
 
 def test_releases_of_fedrkg():

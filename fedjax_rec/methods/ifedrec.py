@@ -196,5 +196,10 @@ def ifedrec(config: Config, num_users: int, num_items: int, name: str, catalogue
         return Server({ID: table}, {"network": params, "adam": state}), ()
 
     return plain._replace(
-        init_server=init_server, publish=publish, local_update=local_update, server_update=server_update
+        init_server=init_server,
+        publish=publish,
+        local_update=local_update,
+        server_update=server_update,
+        # noise on a factor of the whole table would multiply it, round by round
+        public=(PULL,),
     )

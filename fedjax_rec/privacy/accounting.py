@@ -36,6 +36,7 @@ from fedjax_rec.data.sampling import sizes
 from fedjax_rec.experiment import Experiment
 from fedjax_rec.method import Sampling
 from fedjax_rec.methods import fedrkg
+from fedjax_rec.privacy.mechanisms import can_be_summed
 from fedjax_rec.rounds import Engine
 from fedjax_rec.validate import one_of, positive
 from fedjax_rec.workdir import UsageError
@@ -179,7 +180,8 @@ def plans(ready: Experiment, rounds: int) -> dict[str, Plan]:
         releases, unprotected = [], []
         bound = 2.0 * mechanism.clip or math.inf
         if sends:
-            releases.append(Release(mechanism.kind, mechanism.noise, bound, count, cohort, users, rounds))
+            summed = cohort if can_be_summed(method.aggregator) else 0
+            releases.append(Release(mechanism.kind, mechanism.noise, bound, count, summed, users, rounds))
             if method.aggregator.weight is not aggregate.equal:
                 unprotected.append("the clients' numbers of samples (their weights)")
             if mechanism.rows == "touched":

@@ -21,8 +21,8 @@ An exchange (FedRKG's tables) is clipped and noised alike, whole tables with one
 Follows: MDiffFR section 6.7 (Laplace, not clipped); FedRKG section 5.2 (the noise on what is released; noise on every
 step is `step_noise` of methods/fedrkg.py). Deviations: noise acts on what a method uploads, which is the change of
 its tables and networks, not the tables (the same for the server, which knows what it sent); for IFedRec the change
-without the pull and the pull's factor; for EASE the history. Draws are float32, whose gaps are an attack of their own
-(Mironov 2012): this is a simulator.
+without the pull, whose factor, a function of the number of steps, stays as it is; for EASE the history. Draws are
+float32, whose gaps are an attack of their own (Mironov 2012): this is a simulator.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def private(method: Method, mechanism: Mechanism, num_users: int, *, per_client:
         per_client: every client draws its own noise, even where the sum of all can be drawn at once.
 
     Raises:
-        ValueError: for a method with noise of its own on uploads.
+        ValueError: for a method with noise of its own on uploads; when it is traced, for one that sends ids.
     """
     if getattr(method.config, "noise_std", 0):
         raise ValueError(
@@ -87,16 +87,24 @@ def private(method: Method, mechanism: Mechanism, num_users: int, *, per_client:
 
     def upload(key, shared, params, update, data):
         kept, sent = method.upload(key, shared, params, update, data)
+        sent, public = _apart(sent, method.public)
+        if any(not jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(sent)):
+            raise ValueError(
+                f"dp_mechanism={mechanism.kind} with method={method.name}: its clients send item ids, on which noise "
+                "makes no sense; leave dp_mechanism out or choose a method whose clients send numbers"
+            )
         if mechanism.clip:
             sent = clipped(sent, mechanism, data.row_mask)
         if noisy and not at_once:
             added = client_noise(jax.random.fold_in(key, STREAM), mechanism, sent, data.rows)
             sent = jax.tree.map(jnp.add, sent, added)
-        return kept, sent
+        return kept, {**sent, **public} if public else sent
 
     def server_update(key, server, received):
+        mean, public = _apart(received.value, method.public)
         # equal weights: their sum is the number of clients
-        mean = with_mean_noise(jax.random.fold_in(key, STREAM), mechanism, received.value, received.weight)
+        mean = with_mean_noise(jax.random.fold_in(key, STREAM), mechanism, mean, received.weight)
+        mean = {**mean, **public} if public else mean
         return method.server_update(key, server, received._replace(value=mean))
 
     return method._replace(
@@ -105,6 +113,13 @@ def private(method: Method, mechanism: Mechanism, num_users: int, *, per_client:
         rows="all" if noisy and dense and not at_once else method.rows,
         exchange=method.exchange and _private_exchange(method.exchange, mechanism, num_users),
     )
+
+
+def _apart(sent: Upload, public: tuple[str, ...]) -> tuple[Upload, Upload]:
+    """What a mechanism acts on, and the public roles."""
+    if not public:
+        return sent, {}
+    return {r: v for r, v in sent.items() if r not in public}, {r: sent[r] for r in public}
 
 
 def _private_exchange(exchange: Exchange, mechanism: Mechanism, num_users: int) -> Exchange:
