@@ -50,9 +50,11 @@ COLD = "cold_items"
 RECALLS = "Recall@20+Recall@50+Recall@100"
 
 
-def protocol_of(dataset: str) -> dict[str, Any]:
+def protocol_of(dataset: str, method: str = "") -> dict[str, Any]:
     """KU is judged at 50, as in the papers, cold items by the sum of three recalls and after fewer rounds (they take
-    seconds), the others at 10."""
+    seconds), the others at 10. EASE is done after a round."""
+    if method == "ease":
+        return {**protocol_of(dataset), "rounds": 1}
     name, _, split = dataset.partition("@")
     if split == COLD:
         return {"dataset": name, "split": COLD, "select_metric": RECALLS, "ks": (20, 50, 100), "rounds": 120}
@@ -224,7 +226,7 @@ ALONE = {
 def run_trial(dataset: str, method: str, trial: int, seed: int, settings: dict, data: tuple) -> dict[str, Any]:
     config = run.RunConfig(
         method=method.split("-")[0], settings=settings, data_dir=FLAGS.data_dir, seed=seed,
-        eval_every=EVAL_EVERY, patience=PATIENCE, max_buckets=2, **protocol_of(dataset),
+        eval_every=EVAL_EVERY, patience=PATIENCE, max_buckets=2, **protocol_of(dataset, method),
     )  # fmt: skip
     said = judge(config, data)
     if said.pop("status") == run.STOPPED:
@@ -261,10 +263,11 @@ def choose(folder: Path) -> None:
 
 
 def write_flags(dataset: str, method: str, best: list[dict[str, Any]], trials: int) -> None:
-    protocol = protocol_of(dataset)
+    protocol = protocol_of(dataset, method)
     path = Path(FLAGS.flags_to) / f"{'_'.join([dataset, method]).translate(PLAIN)}.flags"
     scores = [line["score"] for line in best]
-    said = f"{np.mean(scores):.3f} ({min(scores):.3f} to {max(scores):.3f} over {len(best)} seeds)"
+    spread = f"{min(scores):.3f} to {max(scores):.3f} over {len(best)} seeds" if len(best) > 1 else "one seed"
+    said = f"{np.mean(scores):.3f} ({spread})"
     lines = [
         f"# {method} on {dataset}: the best on validation of {trials} random settings (experiments/tune.py).",
         f"#   python launch.py --flagfile=experiments/{path.name} --data_dir=DATA --workdir=runs/{path.stem}",
