@@ -104,19 +104,21 @@ def make_evaluator(engine: Engine, split: Split, *, protocol: Protocol = HONEST,
     if sampled:
         joined = [np.concatenate(part) for part in zip(split.train, split.valid, split.test, strict=True)]
         order = np.lexsort((joined[1], joined[0]))
-        known = tuple(place(x) for x in _layout(Pairs(joined[0][order], joined[1][order]), engine))
+        known = tuple(place(x) for x in _layout(Pairs(joined[0][order], joined[1][order]), engine, by_bucket=True))
     candidates = None
     if split.candidates is not None:
         candidates = tuple(jnp.asarray(np.flatnonzero(split.candidates[part])) for part in ("valid", "test"))
     return Evaluator(engine, split, protocol, sampled, targets, known, candidates)
 
 
-def _layout(pairs: Pairs, engine: Engine) -> list[np.ndarray]:
-    """Each bucket's items per client, padded to the most that any user has."""
+def _layout(pairs: Pairs, engine: Engine, *, by_bucket: bool = False) -> list[np.ndarray]:
+    """Each bucket's items per client, padded to the most that any user has (`by_bucket`: any of the bucket)."""
     spec = engine.clients
     offsets = row_offsets(pairs.user, spec.num_users)
-    most = max(int(np.diff(offsets).max(initial=0)), 1)
-    return [padded_rows(pairs, np.asarray(b.user), offsets, most, spec.num_items) for b in spec.buckets]
+    counts = np.append(np.diff(offsets), 0)  # padding users have none
+    users = [np.asarray(bucket.user) for bucket in spec.buckets]
+    most = [max(int(counts[of if by_bucket else slice(None)].max(initial=0)), 1) for of in users]
+    return [padded_rows(pairs, of, offsets, width, spec.num_items) for of, width in zip(users, most, strict=True)]
 
 
 def catalogue_data(record: Record, num_items: int, round_: Int[Array, ""]) -> LocalData:
@@ -232,9 +234,9 @@ def _rank_device(evaluator: Evaluator, scorer, replicated, sharded, cohort, buck
             at_test = scores.at[valid_items].set(-jnp.inf, mode="drop")
         if evaluator.sampled:
             at_valid, at_test = (
-                jnp.where(_sampled_items(record.user, known_items, wanted, allowed, spec.num_items), at, -jnp.inf)
-                for at, wanted, allowed in zip(
-                    (at_valid, at_test), (valid_items, test_items), candidates or (None, None), strict=True
+                jnp.where(_sampled_items(part, record.user, known_items, wanted, allowed, spec.num_items), at, -jnp.inf)
+                for part, at, wanted, allowed in zip(
+                    (0, 1), (at_valid, at_test), (valid_items, test_items), candidates or (None, None), strict=True
                 )
             )
         # of a split by items few compete: only their scores are compared
@@ -284,15 +286,16 @@ def _rank_device(evaluator: Evaluator, scorer, replicated, sharded, cohort, buck
 
 
 def _sampled_items(
+    part: int,
     user: Int[Array, ""],
     known: Int[Array, "known"],
     wanted: Int[Array, "targets"],
     candidates: Int[Array, "candidates"] | None,
     num_items: int,
 ) -> Bool[Array, "items"]:
-    """Mask of the wanted items and of 99 outside all of a user's items (fewer where fewer compete), fixed by the user
-    alone."""
-    key = jax.random.fold_in(jax.random.key(SAMPLED_NEGATIVES), user)
+    """Mask of the wanted items and of 99 outside all of a user's items (fewer where fewer compete), fixed by the
+    user and the part (0 validation, 1 test)."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SAMPLED_NEGATIVES), part), user)
     order = jax.random.uniform(key, (num_items,)).at[known].set(-1.0, mode="drop")
     if candidates is not None:
         order = jnp.full(num_items, -1.0).at[candidates].set(order[candidates])

@@ -30,6 +30,8 @@ from fedjax_rec.system import available_bytes, device_name, spare_maps
 from fedjax_rec.validate import between, one_of, positive
 from fedjax_rec.workdir import UsageError
 
+LARGEST_WEIGHT = 100  # of a client's step on a cohort's mean: at 1,000 the defaults of fedmf and pfedrec diverged
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
@@ -45,7 +47,7 @@ class RunConfig:
         protocol: honest or published.
         ranking: full, or sampled_99.
         rounds, seed: length and randomness of the run.
-        clients_per_round: a number (> 1), a share (<= 1), or 0 for everybody.
+        clients_per_round: a number, a share below 1, or 0 for everybody.
         eval_every: rounds between evaluations; the last round is always evaluated.
         eval_clients: evaluate only so many clients (drawn once), 0 for all.
         ks: cut-offs of the metrics.
@@ -121,7 +123,7 @@ class RunConfig:
                 "dp_mechanism=none; set dp_mechanism to gaussian or laplace"
             )
         if self.clients_per_round > 1 and self.clients_per_round != int(self.clients_per_round):
-            raise ValueError(f"clients_per_round={self.clients_per_round}: expected a share <= 1 or a whole number")
+            raise ValueError(f"clients_per_round={self.clients_per_round}: expected a share below 1 or a whole number")
 
     @property
     def judged(self) -> tuple[tuple[int, ...], str]:
@@ -174,7 +176,7 @@ def cohort_size(clients_per_round: int | float, num_users: int) -> int:
     Raises:
         UsageError: for a cohort larger than the population.
     """
-    if clients_per_round == 0 or clients_per_round == 1.0:
+    if clients_per_round == 0:
         return num_users
     count = max(round(clients_per_round * num_users), 1) if clients_per_round < 1 else int(clients_per_round)
     if count > num_users:
@@ -225,6 +227,12 @@ def prepare(config: RunConfig, data: tuple | None = None) -> Experiment:
     interactions, split, features = data or load_data(config)
     chosen = protocol(config.protocol, config.method)
     forced = {k: v for k, v in (("draw", chosen.draw), ("redraw", chosen.redraw)) if v is not None}
+    for name, value in forced.items():
+        if config.settings.get(name, value) != value:
+            raise UsageError(
+                f"--set {name}={config.settings[name]}: protocol=published of {config.method} is {name}={value}; leave "
+                "one of both out"
+            )
     settings = make_config(config.method, {**forced, **config.settings})
     warm = None if split.candidates is None else np.asarray(split.candidates["train"], bool)
     catalogue = Catalogue({name: feature.values for name, feature in features.items()}, warm)
@@ -288,6 +296,23 @@ def identity(ready: Experiment) -> dict[str, Any]:
     }
 
 
+def cohort_lines(ready: Experiment) -> list[str]:
+    """How many take part in a round, if not everybody, and what that does to the item rate."""
+    users = ready.split.num_users
+    count = cohort_size(ready.config.clients_per_round, users)
+    if count == users:
+        return []
+    said = f"cohort         {count:,} of {users:,} clients a round"
+    scale = getattr(ready.method.config, "item_lr_scale", 0.0)
+    if scale and ready.method.aggregator.is_mean and users > LARGEST_WEIGHT * count:
+        # the items' local rate is times all clients, the mean over those who took part
+        said += (
+            f", whose steps on items count {users / count:,.0f} times; if the loss grows: "
+            f"--set item_lr_scale={scale * LARGEST_WEIGHT * count / users:.3g}"
+        )
+    return [said]
+
+
 def introduction(ready: Experiment) -> str:
     """What a person should know before a run: data, protocol, sizes."""
     sent = ready.engine.bytes_per_client()
@@ -303,6 +328,7 @@ def introduction(ready: Experiment) -> str:
             splits.describe(ready.interactions, ready.split),
             *(f"features       {name}: {ready.features[name].source}" for name in ready.config.features),
             f"padding        {ready.engine.clients.padding_fraction:.1%} of history slots; {buckets}",
+            *cohort_lines(ready),
             f"bytes          down {sent['down']:,} up {sent['up']:,} per client and round (full tables){dense}",
             f"memory         about {need['total'] / 2**20:,.0f} MiB on {ready.engine.mesh.size} x {device_name()}",
             f"disk           about {saved:,.0f} MiB a checkpoint of a workdir; {KEEP} are kept",

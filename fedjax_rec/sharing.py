@@ -32,7 +32,8 @@ class LocalConfig:
         lr: local learning rate of the private roles and networks.
         item_lr_scale: the item table's local rate is lr * item_lr_scale * clients. The factor `clients` undoes
             the server's mean, of which a row's few clients are only a small part, so that one setting serves
-            data sets of any size.
+            data sets of any size. It is all clients also where few take part: a round then moves items by as much in
+            the mean, in fewer and larger steps, and cohorts below a hundredth want a smaller scale.
         optimizer: local optimiser, a name in roles.OPTIMIZERS, made anew each round.
         server_optimizer, server_lr: applied to the mean change (Reddi et al. 2021); sgd with rate 1 is averaging.
         init_std: standard deviation of item vectors at the start.
@@ -72,6 +73,13 @@ class LocalConfig:
         one_of("weighting", self.weighting, self.WEIGHTINGS)
         one_of("evaluate_at", self.evaluate_at, ("post_aggregate", "post_local"))
         one_of("client_init", self.client_init, ("random", "shared"))
+
+    def unused(self, method: str, *names: str) -> None:
+        """Refuses settings that have no effect on a method, unless they are left at their defaults."""
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in names:
+            if getattr(self, name) != default[name]:
+                raise ValueError(f"{name}={getattr(self, name)}: has no effect on {method}; leave it out")
 
     def only_averages(self, method: str) -> None:
         """Refuses what a method has no use for whose server averages the tables of clients that train by SGD."""

@@ -349,6 +349,22 @@ def test_sampled_candidates_differ_between_users_and_are_spread_evenly():
     assert often.min() > 6 and often.max() < 37
 
 
+def test_validation_and_test_have_samples_of_their_own():
+    split = wide()
+    valid, test = (candidates_found(evaluator_of(split, sampled=True), part) for part in ("valid", "test"))
+    assert all(len(a & b) < 95 for a, b in zip(valid, test, strict=True))
+
+
+def test_known_items_are_padded_bucket_by_bucket():
+    evaluator = evaluator_of(wide(), sampled=True, buckets=3)
+    split = evaluator.split
+    total = sum(np.bincount(part.user, minlength=USERS) for part in (split.train, split.valid, split.test))
+    for bucket, known in zip(evaluator.engine.buckets, evaluator.known, strict=True):
+        users = np.asarray(bucket.user)
+        assert known.shape[1] == total[users[users < USERS]].max()
+        np.testing.assert_array_equal((known < split.num_items).sum(1)[users < USERS], total[users[users < USERS]])
+
+
 def test_sampled_candidates_are_the_same_in_every_call_layout_and_protocol():
     split, scores = wide(), random_scores(wide(), distinct=1000)
     plain = evaluator_of(split, sampled=True)

@@ -373,7 +373,7 @@ def test_evaluation_happens_when_due_and_in_the_last_round(tmp_path):
 # ---- cohorts -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("given", "size"), [(0, 40), (1.0, 40), (0.5, 20), (7, 7), (40, 40), (0.001, 1)])
+@pytest.mark.parametrize(("given", "size"), [(0, 40), (1.0, 1), (0.5, 20), (7, 7), (40, 40), (0.001, 1)])
 def test_cohort_size_from_number_or_share(given, size):
     assert run.cohort_size(given, 40) == size
 
@@ -388,11 +388,25 @@ def test_impossible_cohorts_are_refused():
 
 
 @pytest.mark.usefixtures("no_references")
-@pytest.mark.parametrize(("given", "size"), [(0.3, 9), (11, 11), (0, USERS)])
+@pytest.mark.parametrize(("given", "size"), [(0.3, 9), (11, 11), (1, 1), (0, USERS)])
 def test_so_many_clients_take_part(tmp_path, given, size):
     run.train(config(clients_per_round=given, rounds=2), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["clients"] for line in lines] == [size, size]
+
+
+def test_a_small_cohort_is_told_what_its_steps_weigh(monkeypatch):
+    assert "cohort" not in experiment.introduction(run.prepare(config(), data()))
+    ready = run.prepare(config(clients_per_round=1, settings={"item_lr_scale": 0.5}), data())
+    assert f"cohort         1 of {USERS} clients a round\n" in experiment.introduction(ready)
+    monkeypatch.setattr(experiment, "LARGEST_WEIGHT", 10)
+    said = experiment.introduction(ready)
+    assert f"count {USERS} times; if the loss grows: --set item_lr_scale={0.5 * 10 / USERS:.3g}" in said
+
+
+def test_a_published_protocol_is_not_changed_in_passing():
+    with pytest.raises(UsageError, match=r"draw=stratified: protocol=published of fedmf is draw=independent"):
+        run.prepare(config(protocol="published", settings={"draw": "stratified"}), data())
 
 
 def test_cohorts_are_distinct_users_drawn_anew_each_round_from_the_seed():

@@ -25,12 +25,13 @@ from fedjax_rec.validate import positive
 
 @dataclasses.dataclass(frozen=True)
 class Config(LocalConfig):
-    """Attributes: l2: ridge weight. Nothing else of LocalConfig has an effect."""
+    """Attributes: l2: ridge weight. LocalConfig's have no effect, and are refused."""
 
     l2: float = 500.0
 
     def __post_init__(self):
         super().__post_init__()
+        self.unused("ease", *(field.name for field in dataclasses.fields(LocalConfig)))
         positive("l2", self.l2)
 
 

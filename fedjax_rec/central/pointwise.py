@@ -38,12 +38,16 @@ from fedjax_rec.sharing import LocalConfig, item_table
 from fedjax_rec.types import Params, PRNGKey, PyTree
 from fedjax_rec.validate import positive, widths
 
+NO_EFFECT = (
+    "item_lr_scale", "server_optimizer", "server_lr", "redraw", "weighting", "evaluate_at", "client_init"
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(LocalConfig):
     """Attributes: l2: weight of the squared lengths. user_init_std: standard deviation of user vectors at the start.
     lr, optimizer, batch_size: the server's. dim, init_std, negatives, draw: see LocalConfig, the rest of which has no
-    effect."""
+    effect and is refused."""
 
     lr: float = 0.002
     optimizer: str = "adam"
@@ -52,6 +56,7 @@ class Config(LocalConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.unused("centralised training", *NO_EFFECT)
         positive("batch_size", self.batch_size)
         for name in ("l2", "user_init_std"):
             positive(name, getattr(self, name), zero_allowed=True)

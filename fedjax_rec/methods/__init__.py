@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from fedjax_rec.central import ease, pointwise
 from fedjax_rec.item_sources import Catalogue
@@ -105,7 +108,7 @@ def assemble(name: str, config: LocalConfig, num_users: int, num_items: int, cat
 def _coerce(name: str, value: Any, default: Any) -> Any:
     """A value given as text, as the type of the setting's default."""
     if not isinstance(value, str):
-        return type(default)(value) if isinstance(default, float | tuple) else value
+        return _checked(name, value, default)
     try:
         if isinstance(default, bool):
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
@@ -114,7 +117,23 @@ def _coerce(name: str, value: Any, default: Any) -> Any:
             return tuple(map(type(default[0]) if default else str, parts))
         return type(default)(value)
     except (KeyError, ValueError):
-        expected = {bool: "true or false", int: "an integer", float: "a number", tuple: "values a,b,c"}
-        raise ValueError(
-            f"--set {name}={value}: expected {expected.get(type(default), 'text')}, like {default}"
-        ) from None
+        raise _wrong(name, value, default) from None
+
+
+def _checked(name: str, value: Any, default: Any) -> Any:
+    """A value given from Python, as the type of the setting's default."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
+    if isinstance(default, bool) and isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(default, int) and not isinstance(default, bool) and number and value == int(value):
+        return int(value)
+    if isinstance(default, float) and number:
+        return float(value)
+    if isinstance(default, tuple) and isinstance(value, list | tuple):
+        return tuple(value)
+    raise _wrong(name, value, default)
+
+
+def _wrong(name: str, value: Any, default: Any) -> ValueError:
+    expected = {bool: "true or false", int: "an integer", float: "a number", tuple: "values a,b,c"}
+    return ValueError(f"--set {name}={value}: expected {expected.get(type(default), 'text')}, like {default}")

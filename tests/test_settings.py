@@ -1,0 +1,35 @@
+"""Settings given to a method: their types, and what has no effect."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedjax_rec import methods
+
+
+def test_settings_without_effect_are_refused():
+    with pytest.raises(ValueError, match=r"lr=0.5: has no effect on ease; leave it out"):
+        methods.make_config("ease", {"lr": 0.5})
+    with pytest.raises(ValueError, match=r"server_lr=2.0: has no effect on centralised training"):
+        methods.make_config("neumf", {"server_lr": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "message"),
+    [
+        ("fedmf", {"dim": 32.5}, "dim=32.5: expected an integer"),
+        ("fedmf", {"lr": True}, "lr=True: expected a number"),
+        ("fedmf", {"optimizer": 3}, "optimizer=3: expected text"),
+        ("fedncf", {"layers": 8}, "layers=8: expected values a,b,c"),
+        ("fedrap", {"anneal": 1}, "anneal=1: expected true or false"),
+    ],
+)
+def test_settings_of_another_type_are_refused(method, setting, message):
+    with pytest.raises(ValueError, match=message):
+        methods.make_config(method, setting)
+
+
+def test_settings_may_be_numpys():
+    said = methods.make_config("fedncf", {"dim": np.int64(8), "lr": np.float32(0.5), "layers": [4, 2]})
+    assert (said.dim, said.lr, said.layers) == (8, 0.5, (4, 2)) and type(said.dim) is int
