@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
 import numpy as np
@@ -15,6 +16,12 @@ ties broken by index would leak popularity."""
 
 SPLIT_PARTS = ("train", "valid", "test")
 """What the split labels 0, 1 and 2 of a file mean."""
+
+TIME_NAMES = ("timestamp", "time", "unixreviewtime")
+"""Names of the time column, compared as `canonical`; of two that are present the first listed is used."""
+
+_LIKE_A_TIME = re.compile(r"(?:.*_)?(?:ts|dt|epoch|(?!candidate|update)[a-z0-9]*(?:date|time|timestamp))(?:_.*)?|.+_at")
+_TIME = "a time as a number, or as ISO text like 2020-03-01T10:00:00"
 
 
 class DataError(ValueError):
@@ -68,6 +75,7 @@ class Interactions:
         counts: what reading and filtering did: rows_read, rows_filtered (removed by the filters), rows (left
             by them), duplicates (removed after that), pairs, users, items.
         filters: the filters that were applied.
+        timed: whether the file has a time; where it has none, `time` numbers its rows.
     """
 
     name: str
@@ -79,6 +87,7 @@ class Interactions:
     item_ids: np.ndarray
     counts: Mapping[str, int]
     filters: Filters = Filters()
+    timed: bool = True
 
     @property
     def num_users(self) -> int:
@@ -118,8 +127,9 @@ def from_frame(
         filters: which rows to keep; None keeps all.
         source: file name (or other origin) that error messages start with.
         user, item: names of the id columns.
-        timestamp: name of the time column, any unit; fractional times are replaced by their rank. A frame
-            without it is in file order: row r has time r.
+        timestamp: name of the time column (by default any of TIME_NAMES): numbers in any unit, of which fractional
+            ones are replaced by their rank, dates, or ISO text. A frame without it is in file order: row r has
+            time r.
         rating: name of the rating column; needed only by `Filters.min_rating`.
         split_label: name of a column with 0 train, 1 valid, 2 test; may be absent.
 
@@ -127,10 +137,13 @@ def from_frame(
         Validated interactions, rows in file order.
 
     Raises:
-        DataError: a column or value is missing or unfit, one pair carries two split labels, or nothing is
-            left after the filters.
+        DataError: a column or value is missing or unfit, there is no time column but one that looks like it, one
+            pair carries two split labels, or nothing is left after the filters.
     """
     filters = filters or Filters()
+    if timestamp == "timestamp" and timestamp not in frame:
+        names = {canonical(str(name)): name for name in reversed(frame.columns)}
+        timestamp = next((names[name] for name in TIME_NAMES if name in names), timestamp)
     columns = {
         "user": user,
         "item": item,
@@ -154,6 +167,7 @@ def from_frame(
         split_label=pairs["split_label"].to_numpy() if "split_label" in pairs else None,
         user_ids=_id_array(user_ids),
         item_ids=item_ids,
+        timed=timestamp in frame,
         counts={
             "rows_read": len(raw),
             "rows_filtered": len(raw) - len(kept),
@@ -165,6 +179,22 @@ def from_frame(
         },
         filters=filters,
     )
+
+
+def canonical(name: str) -> str:
+    """A column name as aliases are compared: lower case, without `_`."""
+    return name.strip().strip('"').lower().replace("_", "")
+
+
+def refuse_unused_times(names: Iterable[object], source: str) -> None:
+    """Raises a DataError about the first unused column that looks like a time, where no column was taken for it."""
+    for name in names:
+        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\W_]+", "_", str(name)).strip("_").lower()
+        if _LIKE_A_TIME.fullmatch(words):
+            raise DataError(
+                f"{source}: column '{name}' looks like a time, expected times in a column 'timestamp'; rename it to "
+                "timestamp, or drop it (the order of rows is then the order in time)"
+            )
 
 
 def whole_numbers(column: pd.Series, source: str) -> np.ndarray:
@@ -243,6 +273,8 @@ def _validated(frame: pd.DataFrame, columns: Mapping[str, str], filters: Filters
     if frame.empty:
         raise DataError(f"{source}: holds no rows, expected one per interaction; get the file again")
     present = {role: frame[name] for role, name in columns.items() if name in frame}
+    if "timestamp" not in present:
+        refuse_unused_times([name for name in frame if name not in columns.values()], source)
 
     table = pd.DataFrame(index=frame.index)
     table["user"] = _ids(present["user"], source)
@@ -279,8 +311,15 @@ def _ids(column: pd.Series, source: str) -> np.ndarray:
 def _times(column: pd.Series, source: str) -> np.ndarray:
     """Times as int64 [rows]; fractional ones as their rank, which keeps order and ties."""
     if column.isna().any():
-        refuse(column, source, column.isna().to_numpy(), "a time as a number")
-    values = numbers(column, source, "a time as a number")
+        refuse(column, source, column.isna().to_numpy(), _TIME)
+    if pd.api.types.is_datetime64_any_dtype(column):
+        return pd.DatetimeIndex(column).asi8
+    if not pd.api.types.is_numeric_dtype(column) and pd.isna(pd.to_numeric(column.iloc[:1], errors="coerce")).all():
+        dates = pd.to_datetime(column.astype(str), format="ISO8601", utc=True, errors="coerce")
+        if dates.isna().any():
+            refuse(column, source, dates.isna().to_numpy(), _TIME)
+        return pd.DatetimeIndex(dates).asi8
+    values = numbers(column, source, _TIME)
     if values.dtype.kind == "f" and ((values != np.floor(values)) | (np.abs(values) >= 2**63)).any():
         return np.unique(values, return_inverse=True)[1].astype(np.int64)
     return values.astype(np.int64)

@@ -24,13 +24,16 @@ import numpy as np
 import pandas as pd
 
 from fedjax_rec.data.interactions import (
+    TIME_NAMES,
     DataError,
     Filters,
     Interactions,
+    canonical,
     from_frame,
     numbers,
     place,
     refuse,
+    refuse_unused_times,
     whole_numbers,
 )
 
@@ -41,11 +44,11 @@ Reader = Callable[[Path], pd.DataFrame]
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "user": ("user", "userid", "uid", "reviewerid"),
     "item": ("item", "itemid", "iid", "parentasin", "asin", "movieid", "artistid", "productid"),
-    "timestamp": ("timestamp", "time", "unixreviewtime"),
+    "timestamp": TIME_NAMES,
     "rating": ("rating", "overall"),
     "split_label": ("splitlabel", "xlabel"),
 }
-"""Accepted column names, compared in lower case without `_`; of two that are present the first listed is used."""
+"""Accepted column names, compared as `canonical`; of two that are present the first listed is used."""
 
 TEXT_IDS = {"asin", "parentasin", "reviewerid"}
 """Columns that always hold text: an ASIN may be all digits with leading zeros."""
@@ -149,14 +152,10 @@ def _numeric(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
     return frame
 
 
-def _canonical(name: str) -> str:
-    return name.strip().strip('"').lower().replace("_", "")
-
-
 def _with_header(path: Path, text: str, separator: str = ",") -> pd.DataFrame:
     """A table with a header, columns as the file names them."""
     header = text.split("\n", 1)[0].rstrip("\r").split(separator)
-    as_text = tuple(name.strip('"') for name in header if _canonical(name) in TEXT_IDS)
+    as_text = tuple(name.strip('"') for name in header if canonical(name) in TEXT_IDS)
     return _parsed(path, text, separator, None, as_text)
 
 
@@ -164,7 +163,7 @@ def _roles(names: Iterable[str], path: Path) -> dict[str, str]:
     """Column of the file -> its name here, by ALIASES; user and item must be there."""
     names, roles = list(names), {}
     for role, aliases in ALIASES.items():
-        matches = [name for alias in aliases for name in names if _canonical(name) == alias]
+        matches = [name for alias in aliases for name in names if canonical(name) == alias]
         if matches:
             roles[matches[0]] = role
         elif role in ("user", "item"):
@@ -180,7 +179,7 @@ def _feedback(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
     roles = _roles(frame.columns, path)
     frame = frame[list(roles)].copy()
     for name, role in roles.items():
-        if role in ("user", "item") and _canonical(name) not in TEXT_IDS:
+        if role in ("user", "item") and canonical(name) not in TEXT_IDS:
             frame[name] = _number_ids(frame[name], path)
     return frame.rename(columns=roles)
 
@@ -192,8 +191,17 @@ def _number_ids(ids: pd.Series, path: Path) -> pd.Series:
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """A comma-separated table with a header (see ALIASES); ids are text if the first one is."""
-    return _feedback(_with_header(path, _text(path, "utf-8-sig")), path)
+    """A comma-separated table with a header (see ALIASES)."""
+    frame = _with_header(path, _text(path, "utf-8-sig"))
+    _check_times(frame.columns, path)
+    return _feedback(frame, path)
+
+
+def _check_times(names: Iterable[str], path: Path) -> None:
+    """That no time stands under a name that is unknown here; only in formats whose columns are up to the user."""
+    roles = _roles(names, path)
+    if "timestamp" not in roles.values():
+        refuse_unused_times([name for name in names if name not in roles], f"{path}, line 1")
 
 
 def read_items(path: Path, id_column: str, text_columns: Iterable[str] = ()) -> pd.DataFrame:
@@ -207,7 +215,7 @@ def read_items(path: Path, id_column: str, text_columns: Iterable[str] = ()) -> 
         DataError: a column is missing, an id is empty or stands twice, or the file is broken.
     """
     columns = [id_column, *text_columns]
-    as_text = (*text_columns, *([id_column] if _canonical(id_column) in TEXT_IDS else []))
+    as_text = (*text_columns, *([id_column] if canonical(id_column) in TEXT_IDS else []))
     frame = _parsed(path, _text(path, "utf-8-sig"), ",", None, as_text)
     for name in columns:
         if name not in frame:
@@ -217,7 +225,7 @@ def read_items(path: Path, id_column: str, text_columns: Iterable[str] = ()) -> 
     items = frame[id_column]
     if items.isna().any():
         refuse(items, str(path), items.isna().to_numpy(), "an item id")
-    if _canonical(id_column) not in TEXT_IDS:
+    if canonical(id_column) not in TEXT_IDS:
         items = _number_ids(items, path).rename(id_column)
     if items.duplicated().any():
         refuse(items, str(path), items.duplicated().to_numpy(), "an id that did not stand before")
@@ -233,6 +241,7 @@ def read_inter(path: Path) -> pd.DataFrame:
     kinds = dict(field.partition(":")[::2] for field in header.rstrip("\r").split("\t"))
     tokens = tuple(name for name, kind in kinds.items() if kind == "token")
     frame = _parsed(path, "\t".join(kinds) + newline + rows, "\t", None, tokens)
+    _check_times(frame.columns, path)
     roles = _roles(frame.columns, path)
     frame = frame[list(roles)].rename(columns=roles)
     for role in ("user", "item"):
@@ -318,7 +327,7 @@ def read_lastfm_tags(path: Path) -> pd.DataFrame:
     One row is one tag assignment. The time is the day, as the number yyyymmdd.
     """
     table = _with_header(path, _text(path, "latin-1"), "\t")
-    frame, dates = _numeric(_feedback(table, path), path), table.rename(columns=_canonical)
+    frame, dates = _numeric(_feedback(table, path), path), table.rename(columns=canonical)
     time = np.zeros(len(frame), np.int64)
     for unit, low, high, factor in (("year", 0, 9999, 10_000), ("month", 1, 12, 100), ("day", 1, 31, 1)):
         if unit not in dates:

@@ -22,6 +22,8 @@ TIE_RULES: Mapping[str, str] = {
 """How leave-one-out orders equal times. `earlier_row` is the released FedRKG code: it ranks times in descending
 order with method="first"."""
 
+NO_TIME = "there is no time column: the order of rows stands for time."
+
 COLD_FILES = ("ifedrec_train.csv", "ifedrec_vali.csv", "ifedrec_test.csv")
 """Published cold-item parts beside a data set: header uid,iid, raw ids, item sets disjoint."""
 
@@ -46,7 +48,7 @@ class Split:
         test: pairs to report on.
         candidates: cold_items: bool [items] for each of "train" (the warm items), "valid" and "test" (the items
             that compete there). None: the full catalogue competes.
-        tie_rule: how ties were broken, one sentence.
+        tie_rule: how ties were broken, one sentence; or that there was no time.
     """
 
     name: str
@@ -84,7 +86,7 @@ def leave_one_out(interactions: Interactions, ties: str = "later_row") -> Split:
     part = np.zeros(len(interactions), np.int8)
     part[oldest_first[newest - 1]] = 1
     part[oldest_first[newest]] = 2
-    return _split("leave_one_out", interactions, part, TIE_RULES[ties])
+    return _split("leave_one_out", interactions, part, TIE_RULES[ties] if interactions.timed else NO_TIME)
 
 
 def given(interactions: Interactions) -> Split:

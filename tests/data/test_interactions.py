@@ -129,6 +129,51 @@ def test_without_timestamps_rows_are_in_file_order():
     assert made.user_ids.tolist() == [3, 1]
 
 
+DAYS = ["2020-03-02", "2020-03-01T10:00:00", "2020-03-01"]
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        DAYS,
+        pd.Categorical(DAYS),
+        pd.to_datetime(DAYS, format="ISO8601"),
+        pd.to_datetime(DAYS, format="ISO8601").tz_localize("Asia/Tokyo"),
+        np.array(DAYS, "datetime64[ns]") + np.arange(3),
+        pd.Series(DAYS, dtype="datetime64[s]").dt.date,
+        ["2020-03-02T00:00:00.1Z", "2020-03-02 01:00:00+02:00", "20200301"],
+    ],
+    ids=["text", "categories", "dates", "zone", "nanoseconds", "days", "offsets"],
+)
+def test_times_may_be_dates(times):
+    made = from_frame(pd.DataFrame({"user": 1, "item": range(3), "timestamp": times}), "toy")
+    assert made.time.dtype == np.int64 and made.timed
+    assert made.time[0] > made.time[1] >= made.time[2]
+
+
+@pytest.mark.parametrize("name", ["time", "Time", "unixReviewTime"])
+def test_a_frame_may_name_its_time_as_a_csv_does(name):
+    made = from_frame(pd.DataFrame({"user": 1, "item": [1, 2], name: [8, 7]}), "toy")
+    assert made.time.tolist() == [8, 7] and made.timed
+
+
+LIKE_A_TIME = ["date", "datetime", "ts", "event_time", "reviewDate", "time_ms", "date added", "created_at"]
+
+
+@pytest.mark.parametrize("name", LIKE_A_TIME)
+def test_an_unused_time_is_refused_unless_there_is_another(name):
+    frame = pd.DataFrame({"user": [1], "item": [1], name: [8]})
+    with pytest.raises(DataError, match=f"'{name}' looks like a time, .* rename it to timestamp, or drop it"):
+        from_frame(frame, "toy")
+    assert from_frame(frame, "toy", timestamp=name).time.tolist() == [8]
+    assert from_frame(frame.assign(timestamp=7), "toy").time.tolist() == [7]
+
+
+@pytest.mark.parametrize("name", ["candidate", "update", "sentiment", "category", "times_played", "points", 0])
+def test_other_unused_columns_are_none_of_our_business(name):
+    assert not from_frame(pd.DataFrame({"user": [1], "item": [1], name: [8]}), "toy").timed
+
+
 def test_fractional_times_keep_order_and_ties():
     frame = pd.DataFrame({"user": [1] * 4, "item": range(4), "timestamp": [0.5, 0.25, 0.5, 7.0]})
     assert from_frame(frame, "toy").time.tolist() == [1, 0, 1, 2]
@@ -159,7 +204,10 @@ BROKEN = {
     "mixed ids": ({"user": ["a", 3], "item": [1, 1]}, "row 2: column 'user' holds 3, expected an id .all text"),
     "missing time": ({"user": [1], "item": [1], "timestamp": [np.nan]}, "row 1: column 'timestamp' is empty"),
     "infinite time": ({"user": [1], "item": [1], "timestamp": [np.inf]}, "column 'timestamp' holds inf"),
-    "a date": ({"user": [1], "item": [1], "timestamp": ["2020-01-01"]}, "holds '2020-01-01', expected a time"),
+    "a date": ({"user": [1], "item": [1], "timestamp": ["01/02/2020"]}, "'01/02/2020', expected a time .* ISO text"),
+    "a late word": ({"user": [1] * 2, "item": [1] * 2, "timestamp": ["2020-01-01", "x"]}, "row 2: .* holds 'x', expe"),
+    "no date": ({"user": [1], "item": [1], "timestamp": [pd.NaT]}, "row 1: column 'timestamp' is empty"),
+    "unused date": ({"user": [1], "item": [1], "Date": [3]}, "log.csv: column 'Date' looks like a time, .*rename it"),
     "a word": ({"user": [1], "item": [1], "rating": ["good"]}, "column 'rating' holds 'good', expected a number"),
     "label 3": ({"user": [1], "item": [1], "split_label": [3]}, r"holds 3, expected 0 \(train\), 1 \(valid\) or 2"),
     "two labels": (

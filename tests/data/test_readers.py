@@ -180,6 +180,12 @@ def test_csv_path_without_time_and_with_text_ids(tmp_path):
     assert (made.name, made.user_ids.tolist(), made.time.tolist()) == ("log", ["NA", "null"], [0, 1])
 
 
+def test_csv_times_may_be_iso_text(tmp_path):
+    rows = "1,5,2020-03-01T10:00:00\n1,6,2020-03-01\n1,7,2020-03-02 00:00:00\n"
+    made = load(write(tmp_path, "log.csv", "user,item,time\n" + rows))
+    assert np.argsort(made.time).tolist() == [1, 0, 2]
+
+
 def test_inter_path(tmp_path):
     rows = "item_id:token\tuser_id:token\trating:float\ttimestamp:float\n{}\t7\t3\t8.8125E8\n5\t08\t3\t881250000\n"
     numeric = load(write(tmp_path, "a.inter", rows.format("4")))
@@ -232,6 +238,9 @@ BROKEN = {
     "open quote": ("log.csv", None, 'user,item\n1,2\n1,"3\n2,4\n', 3, "EOF inside string", "','", CORRECT),
     "blank header": ("log.csv", None, "\nuser,item\n1,2\n", 1, "is empty", "one interaction", CORRECT),
     "negative token": ("log.inter", None, "user_id:token\titem_id:token\n1\t2\n1\t-2\n", 3, "-2", "whole", CORRECT),
+    "a date": ("log.csv", None, "user,item,date\n1,2,3\n", 1, "'date' looks like a time", "timestamp", "rename it"),
+    "a token": ("log.inter", None, "uid:token\tiid:token\tts:float\n1\t2\t3\n", 1, "'ts'", "timestamp", "or drop it"),
+    "a word among dates": ("log.csv", None, "uid,iid,time\n1,2,2020-01-01\n1,3,x\n", 3, "'x'", "ISO text", CORRECT),
     "no user": ("log.inter", None, "item_id:token\n1\n", 1, "no user column", "userid", "add or rename"),
 }  # fmt: skip
 

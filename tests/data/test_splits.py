@@ -77,6 +77,17 @@ def test_ties_go_by_file_order():
         splits.leave_one_out(interactions, "later")
 
 
+def test_without_time_the_order_of_rows_is_named():
+    frame = pd.DataFrame({"user": [1] * 4, "item": [4, 5, 6, 7]})
+    interactions = from_frame(frame, "toy")
+    for ties in splits.TIE_RULES:
+        split = splits.leave_one_out(interactions, ties)
+        assert interactions.item_ids[split.test.item[0]] == 7
+        assert "no time column: the order of rows" in split.tie_rule
+        assert split.tie_rule in splits.describe(interactions, split)
+    assert "no time" not in splits.leave_one_out(from_frame(frame.assign(timestamp=1), "toy")).tie_rule
+
+
 def test_short_histories_name_the_remedy():
     frame = pd.DataFrame({"user": [7, 7, 7, 8, 8], "item": [1, 2, 3, 1, 2]})
     message = r"toy: 1 of 2 users have fewer than 3 pairs, e\.g\. user 8 has 2, .*raise the filter min_user"
