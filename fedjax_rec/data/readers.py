@@ -53,6 +53,8 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 TEXT_IDS = {"asin", "parentasin", "reviewerid"}
 """Columns that always hold text: an ASIN may be all digits with leading zeros."""
 
+_INTEGER = r"-?(0|[1-9]\d{0,17})"  # as str(int) writes it, within int64
+
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
 FILMTRUST_TIMES = ("item", "position")
@@ -153,9 +155,9 @@ def _numeric(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 
 def _with_header(path: Path, text: str, separator: str = ",") -> pd.DataFrame:
-    """A table with a header, columns as the file names them."""
+    """A table with a header, columns as the file names them; ids are text, so that no leading zero is lost."""
     header = text.split("\n", 1)[0].rstrip("\r").split(separator)
-    as_text = tuple(name.strip('"') for name in header if canonical(name) in TEXT_IDS)
+    as_text = tuple(name.strip('"') for name in header if canonical(name) in (*ALIASES["user"], *ALIASES["item"]))
     return _parsed(path, text, separator, None, as_text)
 
 
@@ -185,9 +187,23 @@ def _feedback(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 
 def _number_ids(ids: pd.Series, path: Path) -> pd.Series:
-    """Ids as whole numbers if the first is one, else unchanged: one stray text id must not pass as text."""
-    numeric = pd.api.types.is_numeric_dtype(ids) or re.fullmatch(r"\s*-?\d+(\.0*)?\s*", str(ids.iloc[0]))
-    return pd.Series(whole_numbers(ids, str(path)), ids.index) if numeric else ids
+    """Ids as whole numbers if all of them are (12.0 is 12, but 012 is text), else the text that stands there.
+
+    Raises:
+        DataError: among whole numbers one is empty, negative, a fraction or nan.
+    """
+    if pd.api.types.is_numeric_dtype(ids):
+        return pd.Series(whole_numbers(ids, str(path)), ids.index)
+    row, distinct = pd.factorize(ids)  # far fewer than rows; -1 is empty
+    text = pd.Series(distinct, dtype=str).str.strip()
+    whole = text.str.fullmatch(rf"{_INTEGER}(\.0*)?").to_numpy(bool)
+    broken = text.str.fullmatch(rf"{_INTEGER}\.\d+|[+-]?(nan|inf)", case=False).to_numpy(bool)
+    if not (whole | broken).all():
+        return ids
+    usable = np.append(whole & ~text.str.startswith("-").to_numpy(bool), False)[row]
+    if not usable.all():
+        refuse(ids, str(path), ~usable, "a whole number >= 0")
+    return pd.Series(text.str.replace(r"\.0*$", "", regex=True).to_numpy(np.int64)[row], ids.index)
 
 
 def read_csv(path: Path) -> pd.DataFrame:
@@ -215,8 +231,7 @@ def read_items(path: Path, id_column: str, text_columns: Iterable[str] = ()) -> 
         DataError: a column is missing, an id is empty or stands twice, or the file is broken.
     """
     columns = [id_column, *text_columns]
-    as_text = (*text_columns, *([id_column] if canonical(id_column) in TEXT_IDS else []))
-    frame = _parsed(path, _text(path, "utf-8-sig"), ",", None, as_text)
+    frame = _parsed(path, _text(path, "utf-8-sig"), ",", None, tuple(columns))
     for name in columns:
         if name not in frame:
             raise DataError(
@@ -245,7 +260,7 @@ def read_inter(path: Path) -> pd.DataFrame:
     roles = _roles(frame.columns, path)
     frame = frame[list(roles)].rename(columns=roles)
     for role in ("user", "item"):
-        if frame[role].astype(str).str.fullmatch(r"-?(0|[1-9]\d{0,17})").all():
+        if frame[role].astype(str).str.fullmatch(_INTEGER).all():
             frame[role] = whole_numbers(frame[role], str(path))
     return frame
 

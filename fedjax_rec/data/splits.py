@@ -145,10 +145,11 @@ def given_cold_parts(interactions: Interactions, folder: str | os.PathLike) -> n
             (unless filters removed rows), or an item of the interactions is in no file.
     """
     parts = np.full(interactions.num_items, -1, np.int8)
-    index_of = pd.Index(interactions.item_ids)
+    # As text: whether a column is numbers or text is decided file by file.
+    index_of = pd.Index(interactions.item_ids.astype(str))
     for label, path in enumerate(Path(folder) / name for name in COLD_FILES):
         raw = read_csv(path)["item"]
-        item = index_of.get_indexer(raw)
+        item = index_of.get_indexer(raw.astype(str))
         if (item < 0).any() and not interactions.counts.get("rows_filtered"):
             refuse(raw, str(path), item < 0, f"an item of {interactions.name}")
         raw, item = raw[item >= 0], item[item >= 0]

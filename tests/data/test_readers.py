@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from fedjax_rec.data.interactions import DataError, Filters
-from fedjax_rec.data.readers import DATASETS, load
+from fedjax_rec.data.readers import DATASETS, load, read_items
 
 # users, items, rows after the filters, pairs
 REAL = {
@@ -180,6 +180,37 @@ def test_csv_path_without_time_and_with_text_ids(tmp_path):
     assert (made.name, made.user_ids.tolist(), made.time.tolist()) == ("log", ["NA", "null"], [0, 1])
 
 
+IDS = {
+    "leading zeros": ["007", "7", "12"],
+    "isbn": ["0486427706", "B00005N7P0", "0001"],
+    "a late word": ["1", "2", "x7"],
+    "beyond int64": ["108990823942597776781", "108990823942597776782", "5"],
+    "a fraction": ["1.5", "a", "3"],
+}
+
+
+@pytest.mark.parametrize("case", IDS)
+def test_csv_ids_are_text_unless_all_are_whole_numbers(case, tmp_path):
+    for ids in (IDS[case], IDS[case][::-1]):
+        rows = "".join(f"{raw},{raw}\n" for raw in ids)
+        made = load(write(tmp_path, "log.csv", "user,item\n" + rows))
+        assert made.user_ids.tolist() == ids
+        assert sorted(made.item_ids.tolist()) == sorted(ids)
+
+
+def test_csv_ids_that_are_whole_numbers_keep_every_digit(tmp_path):
+    made = load(write(tmp_path, "log.csv", "user,item\n900719925474099301,12.0\n 900719925474099302,12\n"))
+    assert made.user_ids.tolist() == [900719925474099301, 900719925474099302]
+    assert made.item_ids.tolist() == [12]
+
+
+def test_item_files_have_ids_as_interactions_do(tmp_path):
+    texts = read_items(write(tmp_path, "a.csv", "item,title\n007,x\n7,y\n"), "item", ["title"])
+    assert texts["item"].tolist() == ["007", "7"]
+    whole = read_items(write(tmp_path, "b.csv", "item,title\n8,x\n7.0,y\n"), "item", ["title"])
+    assert whole["item"].tolist() == [8, 7]
+
+
 def test_csv_times_may_be_iso_text(tmp_path):
     rows = "1,5,2020-03-01T10:00:00\n1,6,2020-03-01\n1,7,2020-03-02 00:00:00\n"
     made = load(write(tmp_path, "log.csv", "user,item,time\n" + rows))
@@ -233,7 +264,11 @@ BROKEN = {
     "json key": ("amazon-giftcards", "Gift_Cards.json.gz", '{"asin": "B"}\n', 1, "'reviewerID'", "asin", CORRECT),
     "json list": ("amazon-giftcards", "Gift_Cards.json.gz", "[]\n", 1, "'reviewerID'", "a review", CORRECT),
     "no json": ("amazon-giftcards", "Gift_Cards.json.gz", "\n", 1, "is empty", "one review", AGAIN),
-    "stray text": ("log.csv", None, "user,item\n1,2\nx7,3\n", 3, "'x7'", "whole number", CORRECT),
+    "negative in csv": ("log.csv", None, "user,item\n1,2\n-7,3\n", 3, "'-7'", "whole number", CORRECT),
+    "fraction in csv": ("log.csv", None, "user,item\n1,2\n7.5,3\n", 3, "'7.5'", "whole number", CORRECT),
+    "fractions in csv": ("log.csv", None, "user,item\n1.5,2\n7.5,3\n", 2, "'1.5'", "whole number", CORRECT),
+    "nan in csv": ("log.csv", None, "user,item\n1,2\nNaN,3\n", 3, "'NaN'", "whole number", CORRECT),
+    "empty in csv": ("log.csv", None, "user,item\n1,2\n,3\n", 3, "is empty", "whole number", CORRECT),
     "empty text id": ("log.csv", None, "user,item\na,b\n,c\n", 3, "is empty", "an id", CORRECT),
     "open quote": ("log.csv", None, 'user,item\n1,2\n1,"3\n2,4\n', 3, "EOF inside string", "','", CORRECT),
     "blank header": ("log.csv", None, "\nuser,item\n1,2\n", 1, "is empty", "one interaction", CORRECT),

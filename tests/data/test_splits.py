@@ -161,6 +161,15 @@ def test_published_cold_parts_are_used_where_present(published):
     assert "published" in split.tie_rule
 
 
+def test_published_cold_parts_may_type_ids_otherwise(tmp_path):
+    items = ["07", "8", "9", "10"]
+    interactions = from_frame(pd.DataFrame({"user": 5, "item": items}), "toy")
+    for file, part in zip(splits.COLD_FILES, (["07", "10"], ["8"], ["9"]), strict=True):
+        (tmp_path / file).write_text("uid,iid\n" + "".join(f"5,{item}\n" for item in part))
+    parts = splits.given_cold_parts(interactions, tmp_path)
+    assert dict(zip(interactions.item_ids.tolist(), parts.tolist(), strict=True)) == {"07": 0, "8": 1, "9": 2, "10": 0}
+
+
 def test_broken_cold_parts_name_file_line_and_remedy(published):
     _, write = published
     with pytest.raises(DataError, match=r"ifedrec_test.csv, line 3: column 'item' holds 9, expected an item of toy; c"):

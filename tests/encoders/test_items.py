@@ -51,7 +51,7 @@ def test_ids_are_typed_as_in_the_interactions(tmp_path, csv, column, ids):
         ("item,name\n1,a\n", r"line 1: no column 'title' among"),
         ("item,title\n1,a\n,b\n", r"line 3: column 'item' is empty, expected an item id"),
         ("item,title\n1,a\n2,b\n1,c\n", r"line 4: column 'item' holds 1, expected an id that did not stand before"),
-        ("item,title\n1,a\nx,b\n", r"line 3: column 'item' holds 'x', expected a whole number"),
+        ("item,title\n1,a\n-2,b\n", r"line 3: column 'item' holds '-2', expected a whole number"),
         ("item,title\n1,\n2,\n", r"column 'title' is empty in all 2 rows"),
         ("item,title\n", r"no rows follow the header"),
         ("", r"is empty"),
