@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import NoReturn
 
 import numpy as np
 import pandas as pd
+
+from fedjax_rec.validate import nearest
 
 ITEM_SHUFFLE_SEED = 20240229
 """Item ids are shuffled by this fixed seed: in several public files a low id means a popular item, so that
@@ -30,9 +33,9 @@ class DataError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Filters:
-    """Which raw rows are kept. Filters run on raw rows, before duplicates are removed.
+    """Which raw rows are kept. Filters but `min_pairs` count raw rows, before duplicates are removed.
 
-    The order is: ratings, then one pass of minimum counts, then the iterated core.
+    The order is: ratings, then one pass of minimum counts, then the iterated core, then distinct items per user.
 
     Attributes:
         min_user: keep users with at least this many rows. Single pass: `min_user` and `min_item` count the
@@ -41,6 +44,7 @@ class Filters:
         user_core: with `item_core`, users and items below their count are removed until none is left.
         item_core: see `user_core`.
         min_rating: rows with a smaller rating are no feedback; None: every row is a positive.
+        min_pairs: keep users with at least this many distinct items, counted as if duplicates had been removed.
     """
 
     min_user: int = 0
@@ -48,16 +52,29 @@ class Filters:
     user_core: int = 0
     item_core: int = 0
     min_rating: float | int | None = None
+    min_pairs: int = 0
 
-    def __post_init__(self) -> None:
-        for field in ("min_user", "min_item", "user_core", "item_core"):
-            if getattr(self, field) < 0:
-                raise DataError(f"filter {field} is {getattr(self, field)}, expected a whole number >= 0")
+    def __new__(cls, *values: object, **settings: object) -> Filters:
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name, value in {**dict(zip(known, values, strict=False)), **settings}.items():
+            if name not in known:
+                raise DataError(f"unknown filter {name!r}: expected one of {', '.join(known)}{nearest(name, known)}")
+            if name == "min_rating":
+                if value is not None and not _is_number(value):
+                    raise DataError(f"filter min_rating is {value!r}, expected a number; give one, or leave it unset")
+            elif not _is_number(value) or value < 0 or value % 1:
+                raise DataError(f"filter {name} is {value!r}, expected a whole number >= 0; give one")
+        return super().__new__(cls)
 
     def __str__(self) -> str:
         """The filters that are set, e.g. `min_user=10`, or `none`."""
         settings = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
         return " ".join(f"{field.name}={value}" for field, value in settings if value != field.default) or "none"
+
+
+def _is_number(value: object) -> bool:
+    """A finite one: True is none, nor is "5"."""
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -351,6 +368,10 @@ def _passing(table: pd.DataFrame, filters: Filters) -> np.ndarray:
         if core.sum() == alive.sum():
             break
         alive = core
+    if filters.min_pairs:
+        distinct = alive.copy()
+        distinct[alive] = ~table.loc[alive, ["user", "item"]].duplicated().to_numpy()
+        alive &= np.bincount(users[distinct], minlength=len(table))[users] >= filters.min_pairs
     return alive
 
 

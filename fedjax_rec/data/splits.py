@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from fedjax_rec.data.interactions import SPLIT_PARTS, DataError, Interactions, refuse
+from fedjax_rec.data.interactions import SPLIT_PARTS, DataError, Filters, Interactions, refuse
 from fedjax_rec.data.readers import read_csv
 
 TIE_RULES: Mapping[str, str] = {
@@ -75,10 +75,17 @@ def leave_one_out(interactions: Interactions, ties: str = "later_row") -> Split:
     per_user = np.bincount(interactions.user, minlength=interactions.num_users)
     short = np.flatnonzero(per_user < 3)
     if len(short):
+        # min_user cannot remove a user who has rows enough: they repeat items, or another filter took them afterwards.
+        plain = not interactions.counts.get("duplicates") and interactions.filters == Filters()
+        remedy = (
+            "raise the filter min_user to 3 or more (it counts rows, duplicates included)"
+            if plain
+            else "raise the filter min_pairs to 3 or more (it counts distinct items; min_user counts rows)"
+        )
         raise DataError(
             f"{interactions.name}: {len(short)} of {interactions.num_users} users have fewer than 3 pairs, e.g. "
             f"user {interactions.user_ids[short[0]]} has {per_user[short[0]]}, expected one pair each for train, "
-            "valid and test; raise the filter min_user to 3 or more (it counts rows, duplicates included)"
+            f"valid and test; {remedy}"
         )
     row = np.arange(len(interactions))
     oldest_first = np.lexsort((row if ties == "later_row" else -row, interactions.time, interactions.user))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -191,6 +195,40 @@ def test_filters_name_themselves():
     assert str(Filters(min_user=10, min_rating=0)) == "min_user=10 min_rating=0"
     with pytest.raises(DataError, match="min_item is -1, expected a whole number >= 0"):
         Filters(min_item=-1)
+
+
+@pytest.mark.parametrize("field", ["min_user", "min_item", "user_core", "item_core", "min_pairs"])
+@pytest.mark.parametrize("value", ["5", -1, 2.5, np.nan, np.inf, None, True])
+def test_filters_expect_whole_numbers(field, value):
+    with pytest.raises(DataError, match=f"filter {field} is {value!r}, expected a whole number >= 0"):
+        Filters(**{field: value})
+    assert getattr(Filters(**{field: 5}), field) == 5
+
+
+def test_filters_from_python_get_one_line():
+    with pytest.raises(
+        DataError, match=r"'minuser': expected one of min_user, .*, min_pairs \(did you mean min_user\?"
+    ):
+        dataclasses.replace(Filters(min_item=5), minuser=5)
+    with pytest.raises(DataError, match="min_rating is '3', expected a number"):
+        Filters(min_rating="3")
+    with pytest.raises(DataError, match="min_item is '3', expected a whole number"):
+        Filters(5, "3")
+    filters = Filters(3, min_rating=0.5)
+    assert copy.deepcopy(filters) == pickle.loads(pickle.dumps(filters)) == filters
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_min_pairs_counts_distinct_items_after_the_other_filters(seed):
+    frame = random_frame(seed)
+    made = from_frame(frame, "toy", Filters(min_rating=2, min_pairs=8))
+    kept = frame[frame["rating"] >= 2]
+    kept = kept[kept.groupby("user")["item"].transform("nunique") >= 8]
+    assert 0 < made.num_users < frame["user"].nunique()
+    assert sorted(made.user_ids.tolist()) == sorted(kept["user"].unique())
+    assert made.counts["rows_filtered"] == len(frame) - len(kept)
+    assert made.counts["pairs"] == len(kept.drop_duplicates(["user", "item"])) == len(made)
+    assert str(made.filters) == "min_rating=2 min_pairs=8"
 
 
 BROKEN = {

@@ -96,6 +96,18 @@ def test_short_histories_name_the_remedy():
     assert len(splits.leave_one_out(from_frame(frame, "toy", Filters(min_user=3))).train.user) == 1
 
 
+def test_short_histories_with_repeated_items_name_min_pairs():
+    frame = pd.DataFrame({"user": [7, 7, 7] + [8] * 20, "item": [1, 2, 3] + [1] * 20})
+    for filters in (Filters(), Filters(min_user=10)):
+        with pytest.raises(DataError, match=r"user 8 has 1, .*raise the filter min_pairs to 3"):
+            splits.leave_one_out(from_frame(frame, "toy", filters))
+    with pytest.raises(DataError, match=r"user 8 has 1, .*raise the filter min_pairs to 3"):
+        frame = pd.DataFrame({"user": [8, 8, 8, 7, 7, 7, 6, 6, 6], "item": [1, 4, 5, 1, 2, 3, 1, 2, 3]})
+        splits.leave_one_out(from_frame(frame, "toy", Filters(min_user=3, min_item=2)))
+    split = splits.leave_one_out(from_frame(frame, "toy", Filters(min_item=2, min_pairs=3)))
+    assert len(split.train.user) == split.num_users == 2
+
+
 def test_given_needs_labels_in_every_part():
     with pytest.raises(DataError, match=r"no column split_label.*--split=leave_one_out"):
         splits.given(random_interactions(0))
