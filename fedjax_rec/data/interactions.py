@@ -218,7 +218,8 @@ def whole_numbers(column: pd.Series, source: str) -> np.ndarray:
     """Reads a column of ids, numbers or text, as int64 [rows]; 12.0 counts as 12.
 
     Raises:
-        DataError: a value is missing, not a number, fractional, negative or beyond int64.
+        DataError: a value is missing, not a number, fractional, negative or beyond int64, or a float so large that
+            it stands for several whole numbers.
     """
     values = numbers(column, source, expected="a whole number >= 0")
     whole = (values >= 0) & (values < 2**63)
@@ -226,6 +227,12 @@ def whole_numbers(column: pd.Series, source: str) -> np.ndarray:
         whole &= values == np.floor(values)
     if not whole.all():
         refuse(column, source, ~whole, "a whole number >= 0")
+    if values.dtype.kind == "f":
+        held = getattr(column.dtype, "numpy_dtype", column.dtype)
+        bits = np.finfo(held if held in (np.float16, np.float32) else np.float64).nmant + 1
+        if (values >= 2**bits).any():
+            expected = f"a float below 2**{bits}, beyond which two ids may be one float"
+            refuse(column, source, values >= 2**bits, expected, "read the ids as int64 or as text")
     return values.astype(np.int64)
 
 
@@ -287,6 +294,12 @@ def _validated(frame: pd.DataFrame, columns: Mapping[str, str], filters: Filters
             f"{source}: no column '{missing[0]}' among {[str(name) for name in frame.columns]}; "
             "rename the column, or pass its name"
         )
+    repeated = [name for name in columns.values() if (frame.columns == name).sum() > 1]
+    if repeated:
+        raise DataError(
+            f"{source}: {(frame.columns == repeated[0]).sum()} columns are named '{repeated[0]}', expected one; "
+            "rename or drop the others"
+        )
     if frame.empty:
         raise DataError(f"{source}: holds no rows, expected one per interaction; get the file again")
     present = {role: frame[name] for role, name in columns.items() if name in frame}
@@ -309,6 +322,8 @@ def _validated(frame: pd.DataFrame, columns: Mapping[str, str], filters: Filters
 def _ids(column: pd.Series, source: str) -> np.ndarray:
     """Raw ids as int64 [rows], or as text (object [rows]) where the column is text."""
     if isinstance(column.dtype, pd.CategoricalDtype):
+        if column.isna().any():
+            refuse(column, source, column.isna().to_numpy(), "an id")
         column = column.astype(column.cat.categories.dtype)
     if pd.api.types.is_numeric_dtype(column):
         return whole_numbers(column, source)

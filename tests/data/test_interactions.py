@@ -248,6 +248,11 @@ BROKEN = {
     "unused date": ({"user": [1], "item": [1], "Date": [3]}, "log.csv: column 'Date' looks like a time, .*rename it"),
     "a word": ({"user": [1], "item": [1], "rating": ["good"]}, "column 'rating' holds 'good', expected a number"),
     "label 3": ({"user": [1], "item": [1], "split_label": [3]}, r"holds 3, expected 0 \(train\), 1 \(valid\) or 2"),
+    "missing category": ({"user": pd.Categorical([1, None]), "item": [1, 1]}, "row 2: column 'user' is empty, exp"),
+    "missing text category": ({"user": [1, 1], "item": pd.Categorical(["a", None])}, "row 2: column 'item' is empty"),
+    "missing nullable": ({"user": pd.array([1, None], "Int64"), "item": [1, 1]}, "row 2: column 'user' is empty"),
+    "big float": ({"user": [1.0, 2.0**53], "item": [1, 1]}, r"row 2: .*a float below 2\*\*53.*read the ids as int64"),
+    "big float32": ({"user": np.float32([1, 2**24]), "item": [1, 1]}, r"row 2: .*a float below 2\*\*24"),
     "two labels": (
         {"user": [1, 1, 1], "item": [1, 4, 1], "split_label": [0, 0, 2]},
         "row 3: user 1 and item 1 are in the test part, expected train as in row 1; remove",
@@ -261,6 +266,19 @@ def test_broken_frame_gets_one_line(case):
     with pytest.raises(DataError, match=message) as error:
         from_frame(pd.DataFrame(columns), "toy", source="log.csv")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["user", "item", "timestamp", "rating", "split_label"])
+def test_columns_of_one_name_are_refused(name):
+    frame = pd.DataFrame([[1, 2, 3, 4, 0, 5]], columns=["user", "item", "timestamp", "rating", "split_label", name])
+    with pytest.raises(DataError, match=f"log.csv: 2 columns are named '{name}', expected one; rename or drop"):
+        from_frame(frame, "toy", source="log.csv")
+    assert len(from_frame(frame.set_axis([*frame.columns[:-1], "note"], axis=1).assign(note=0), "toy")) == 1
+
+
+def test_integers_beyond_floats_are_kept_apart():
+    made = from_frame(pd.DataFrame({"user": [2**53, 2**53 + 1], "item": 1}), "toy")
+    assert made.user_ids.tolist() == [2**53, 2**53 + 1]
 
 
 def test_filters_that_need_or_leave_nothing():
