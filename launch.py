@@ -27,7 +27,9 @@ flags.DEFINE_multi_string("features", [], "Item features of the encoders, modali
 flags.DEFINE_string("split", "leave_one_out", "leave_one_out, given or cold_items.")
 flags.DEFINE_integer("split_seed", 0, "Seed of --split=cold_items.")
 flags.DEFINE_string("ties", "later_row", "Which of two equal timestamps is newer: later_row or earlier_row.")
-flags.DEFINE_multi_string("filter", [], "A data filter: min_user, min_item, user_core, item_core or min_rating=value.")
+flags.DEFINE_multi_string(
+    "filter", [], "A data filter: min_user, min_item, user_core, item_core, min_rating or min_pairs=value."
+)
 flags.DEFINE_string("filmtrust_time", "item", "FilmTrust has no time: rank of the item, or position in the user.")
 flags.DEFINE_string("protocol", "honest", "honest, or published (the method's released protocol with its leaks).")
 flags.DEFINE_string("ranking", "full", "full, or sampled_99 (against 99 sampled items).")
