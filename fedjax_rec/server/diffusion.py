@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+import types
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -80,6 +82,8 @@ class Settings:
         hidden: width of the residual network's blocks; the other one has the released widths, dim and dim / 2.
         heads, dropout: of the attention; of the normalised x_t.
         fusion: `attention` (Eqs. 16-17), or without it the `mean` or a map of the `concat`enation of time and features.
+            Only the attention's query and the residual path let x_t in: with neither (or, without features, no residual
+            path) what is made does not depend on the noise, and without features all rows are equal.
         weights: `uniform` (Eq. 14) or `snr` (Eq. 12) weights of the steps.
         optimizer, lr, weight_decay: of the training; weight decay is added to the gradient for sgd and adam.
         epochs, batch_size: passes over the warm rows per round, rows per step.
@@ -112,22 +116,30 @@ class Settings:
     standardise: bool = False
 
     def __post_init__(self):
-        for name in ("steps", "hidden", "heads", "lr", "epochs", "batch_size"):
-            positive(name, getattr(self, name))
-        between("scale * low", self.scale * self.low, 1e-9, 1.0)
-        between("scale * high", self.scale * self.high, self.scale * self.low, 1.0 - 1e-9)
-        for name in ("weight_decay", "guidance_scale"):
-            positive(name, getattr(self, name), zero_allowed=True)
-        for name in ("dropout", "ema", "drop_condition"):
-            between(name, getattr(self, name), 0.0, 0.9999)
-        one_of("fusion", self.fusion, FUSIONS)
-        one_of("weights", self.weights, ("uniform", "snr"))
-        one_of("optimizer", self.optimizer, OPTIMIZERS)
-        if self.guidance_scale != 1 and not self.drop_condition:
-            raise ValueError(
-                f"guidance_scale={self.guidance_scale} with drop_condition=0: the model has not learned what it makes "
-                "without features; set drop_condition above 0"
-            )
+        check(self)
+
+
+def check(given: Any, names: Mapping[str, str] = types.MappingProxyType({})) -> None:
+    """Refuses bad values of the Settings that `given` holds under their own names, or under those of `names`."""
+    called = lambda name: names.get(name, name)
+    value = lambda name: getattr(given, called(name))
+    for name in ("steps", "hidden", "heads", "lr", "epochs", "batch_size"):
+        positive(called(name), value(name))
+    low, high = (value("scale") * value(bound) for bound in ("low", "high"))
+    between(f"{called('scale')} * {called('low')}", low, 1e-9, 1.0)
+    between(f"{called('scale')} * {called('high')}", high, low, 1.0 - 1e-9)
+    for name in ("weight_decay", "guidance_scale"):
+        positive(called(name), value(name), zero_allowed=True)
+    for name in ("dropout", "ema", "drop_condition"):
+        between(called(name), value(name), 0.0, 0.9999)
+    one_of(called("fusion"), value("fusion"), FUSIONS)
+    one_of(called("weights"), value("weights"), ("uniform", "snr"))
+    one_of(called("optimizer"), value("optimizer"), OPTIMIZERS)
+    if value("guidance_scale") != 1 and not value("drop_condition"):
+        raise ValueError(
+            f"guidance_scale={value('guidance_scale')} with drop_condition=0: the model has not learned what it makes "
+            "without features; set drop_condition above 0"
+        )
 
 
 class Denoiser(nn.Module):
@@ -160,9 +172,10 @@ class Denoiser(nn.Module):
         query = nn.Dropout(s.dropout)(query, deterministic=not train)
         fused = Fusion(width, s.heads, s.fusion)(query, conditions)
         if s.residual:
-            # the features also enter uncut: two tanh layers of the rows' width are a bottleneck
-            told = jnp.where(known[:, None] > 0, features, 0.0)
-            hidden = dense(s.hidden)(noisy) + dense(s.hidden)(fused) + dense(s.hidden)(told)
+            hidden = dense(s.hidden)(noisy) + dense(s.hidden)(fused)
+            if features.shape[1]:
+                # the features also enter uncut: two tanh layers of the rows' width are a bottleneck
+                hidden += dense(s.hidden)(jnp.where(known[:, None] > 0, features, 0.0))
             for _ in range(2):
                 inner = nn.silu(dense(2 * s.hidden)(nn.LayerNorm()(hidden)))
                 inner = nn.Dropout(s.dropout)(inner, deterministic=not train)

@@ -217,7 +217,13 @@ def test_guidance_needs_training_without_features():
 
 
 @pytest.mark.parametrize("fusion", ["attention", "mean", "concat"])
-@pytest.mark.parametrize(("residual", "feat"), [(False, 3), (True, 3), (False, 0)])
+@pytest.mark.parametrize(("residual", "feat"), [(False, 3), (True, 3), (False, 0), (True, 0)])
 def test_every_network_samples(fusion, residual, feat):
     model = Diffusion(Settings(fusion=fusion, residual=residual), 6, feat)
-    assert model.sample(KEY, model.init(KEY), jnp.ones((5, feat))).shape == (5, 6)
+    state, features = model.init(KEY), jnp.ones((5, feat))
+    trained = model.train(KEY, state, jnp.ones((5, 6)), features)
+    made = np.asarray(model.sample(KEY, trained, features))
+    assert made.shape == (5, 6) and np.isfinite(made).all()
+    # x_t has a way in through the residual path, or as the query of an attention that has something to choose
+    moved = np.asarray(model.sample(jax.random.key(4), trained, features))
+    assert (np.abs(made - moved).max() > 1e-4) == (residual or (fusion == "attention" and feat > 0))
