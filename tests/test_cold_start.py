@@ -94,6 +94,14 @@ def test_ablated_guidance_knows_nothing_of_the_item(guidance):
     np.testing.assert_array_equal(*rows)
 
 
+def test_rows_without_guidance_are_equal_unless_noise_has_a_way_in():
+    cold = np.flatnonzero(~split().candidates["train"])
+    for residual in (False, True):
+        method = built("mdifffr", features(), preset="proper", guidance="none", residual=residual)
+        rows = np.asarray(method.publish(KEY, method.init_server(KEY))["item"])[cold]
+        assert (rows.std(0).max() > 0.01) == residual
+
+
 def test_light_trains_every_second_round():
     method = built("light_mdifffr", features())
     engine = make_engine(method, clients.build(split(), max_buckets=1))
@@ -112,6 +120,25 @@ def test_presets_set_defaults_that_settings_replace():
     assert again == mdifffr.PRESETS["proper"]
     with pytest.raises(ValueError, match="preset='propper': expected one of paper, released, proper"):
         methods.make_config("mdifffr", {"preset": "propper"})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [
+        ("diffusion_lr", 0.0, "diffusion_lr=0.0: expected a number > 0"),
+        ("diffusion_batch", 0, "diffusion_batch=0: expected a number > 0"),
+        ("diffusion_optimizer", "sdg", "diffusion_optimizer='sdg': expected one of sgd, adam, adamw"),
+        ("loss_weights", "snrr", "loss_weights='snrr': expected one of uniform, snr"),
+        ("server_epochs", 0, "server_epochs=0"),
+        ("diffusion_steps", 0, "diffusion_steps=0"),
+        ("diffusion_decay", -1.0, "diffusion_decay=-1.0"),
+        ("noise_high", 20.0, r"noise_scale \* noise_high=2.0: expected a number in"),
+        ("guidance_scale", 2.0, "guidance_scale=2.0 with drop_condition=0"),
+    ],
+)
+def test_bad_settings_of_the_diffusion_are_called_as_they_were_given(setting, value, expected):
+    with pytest.raises(ValueError, match="^" + expected):
+        methods.make_config("mdifffr", {setting: value})
 
 
 # ---- IFedRec -------------------------------------------------------------------------------------------------
@@ -204,6 +231,21 @@ def test_conditions_are_principal_components_of_warm_items():
     np.testing.assert_allclose(of(other)[warm], made[warm], atol=1e-5)
 
 
+def test_whitened_conditions_of_cold_items_are_like_those_of_warm_ones():
+    """More features than warm items: no entry of a cold item is what few warm items happened not to vary in."""
+    rng = np.random.default_rng(0)
+    latent = rng.standard_normal((400, 8))
+    values = latent @ rng.standard_normal((8, 512)) + 0.3 * rng.standard_normal((400, 512))
+    warm = np.arange(400) < 240
+    made = conditions(Catalogue({"text": values.astype(np.float32)}, warm), "x", 300, whiten=True)
+    assert made.shape == (400, 30)
+    assert (np.abs(made[~warm]) == 5).mean() < 1e-3 and made[~warm].std(0).max() < 1.5
+    flat = latent @ rng.standard_normal((8, 512))  # of rank 8 in rows of any length
+    catalogue = Catalogue({"text": (flat / 1e3 + 1).astype(np.float32)}, warm)
+    made = conditions(catalogue, "x", 300, whiten=True)
+    assert made.shape[1] <= 16 and made[~warm].std(0).max() < 1.5
+
+
 def test_nearest_warm_items_by_cosine():
     content = np.array([[1, 0], [2, 0.1], [0, 1], [-1, 0], [3, 0]], np.float32)
     places, weights = nearest_warm(content, np.array([0, 1, 2, 3]), np.array([4]), 2)
@@ -241,12 +283,21 @@ def test_ridge_map_is_least_squares_without_a_penalty():
     np.testing.assert_allclose(fitted, np.linalg.lstsq(x[:40], rows, rcond=None)[0], atol=1e-5)
 
 
-def test_without_cold_items_nothing_is_made():
-    method = methods.build("mdifffr", USERS, ITEMS, Catalogue({"text": features()}), **SMALL, condition_dim=5)
-    server = method.init_server(KEY)
-    np.testing.assert_array_equal(method.publish(KEY, server)["item"], server.shared["item"])
-    warm, cold = warm_and_cold(Catalogue({"text": features()}))
-    assert len(warm) == ITEMS and not len(cold)
+@pytest.mark.parametrize("warm", [None, np.ones(ITEMS, bool)])
+def test_without_cold_items_a_maker_of_cold_rows_is_refused(warm):
+    catalogue = Catalogue({"text": features()}, warm)
+    backbones = {"mdifffr": "pfedrec", "light_mdifffr": "fedncf", "cs_fcf": "fedmf", "cs_fedncf": "fedncf"}
+    for name, settings in CASES.items():
+        if name in backbones:
+            expected = (
+                rf"{name} makes vectors of cold items, .* --split=cold_items, or choose --method={backbones[name]}"
+            )
+            with pytest.raises(ValueError, match=expected):
+                methods.build(name, USERS, ITEMS, catalogue, **{**SMALL, **settings})
+        else:  # IFedRec pulls its clients towards content, whatever is cold
+            methods.build(name, USERS, ITEMS, catalogue, **{**SMALL, **settings})
+    of_warm, cold = warm_and_cold(catalogue)
+    assert len(of_warm) == ITEMS and not len(cold)
 
 
 def test_features_are_required():

@@ -22,6 +22,9 @@ from fedjax_rec.method import Method, Server
 from fedjax_rec.types import PRNGKey, PyTree
 
 ID = "item"
+WARM_PER_COMPONENT = 8
+RANK = 1e-6
+"""Components of less than this share of the largest one's variance are rounding, or directions no warm item has."""
 
 
 class RowMaker(NamedTuple):
@@ -50,8 +53,6 @@ def with_cold_rows(method: Method, maker: RowMaker, catalogue: Catalogue) -> Met
 
     def publish(key, server):
         shared = method.publish(key, Server(server.shared, server.private["method"]))
-        if not len(cold):
-            return shared
         made = maker.make(jax.random.fold_in(key, 1), server.private["maker"], shared[ID][warm])
         return {**shared, ID: shared[ID].at[cold].set(made)}
 
@@ -69,6 +70,21 @@ def warm_and_cold(catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray]:
     items = len(next(iter(catalogue.features.values())))
     warm = np.ones(items, bool) if catalogue.warm is None else catalogue.warm
     return np.flatnonzero(warm).astype(np.int32), np.flatnonzero(~warm).astype(np.int32)
+
+
+def some_cold(catalogue: Catalogue, name: str, backbone: str) -> tuple[np.ndarray, np.ndarray]:
+    """`warm_and_cold` for a method that is its backbone and nothing more without cold items.
+
+    Raises:
+        ValueError: without any.
+    """
+    warm, cold = warm_and_cold(catalogue)
+    if not len(cold):
+        raise ValueError(
+            f"{name} makes vectors of cold items, and this split has none: set --split=cold_items, or choose "
+            f"--method={backbone}"
+        )
+    return warm, cold
 
 
 def side_by_side(catalogue: Catalogue, name: str) -> Float[np.ndarray, "items feat"]:
@@ -94,14 +110,20 @@ def conditions(catalogue: Catalogue, name: str, width: int, *, whiten: bool = Fa
 
     Args:
         width: number of components.
-        whiten: every component has variance 1 (entries are cut at +-5); else the entries have so on average.
+        whiten: every component has variance 1 (entries are cut at +-5); else the entries have so on average. There
+            are then at most warm items / WARM_PER_COMPONENT components.
     """
     warm, _ = warm_and_cold(catalogue) if catalogue.features else ((), ())
     values = side_by_side(catalogue, name)
     values = values - values[warm].mean(0)
     if width or whiten:
         size, axes = np.linalg.eigh(values[warm].T @ values[warm] / len(warm))
-        kept = np.argsort(-size)[: width or len(size)]
+        width = width or len(size)
+        if whiten:
+            # The variance that few items have in a small component is far below that of other items, and divided by it
+            # these are noise or saturate. Large catalogues (citeulike-a: 13,584 for 300) keep all they ask for.
+            width = max(min(width, len(warm) // WARM_PER_COMPONENT, int((size > RANK * size.max()).sum())), 1)
+        kept = np.argsort(-size)[:width]
         # the sign of an axis is the library's choice: fix it
         axes = axes[:, kept] * np.sign(axes[np.abs(axes[:, kept]).argmax(0), kept])
         values = values @ axes

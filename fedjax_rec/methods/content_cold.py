@@ -24,7 +24,7 @@ from fedjax_rec.item_sources.cold import (
     neighbour_means,
     ridge_map,
     side_by_side,
-    warm_and_cold,
+    some_cold,
     with_cold_rows,
 )
 from fedjax_rec.method import Method
@@ -59,7 +59,7 @@ PRESETS = {
 def content_cold(config: Config, num_users: int, num_items: int, name: str, catalogue: Catalogue) -> Method:
     """CS_FCF or CS_FedNCF; see the module docstring."""
     content = side_by_side(catalogue, name)
-    warm, cold = warm_and_cold(catalogue)
+    warm, cold = some_cold(catalogue, name, config.backbone)
     if config.cold == "knn":
         means = neighbour_means(content, warm, cold, config.neighbours)
         make = lambda key, state, rows: means(rows)

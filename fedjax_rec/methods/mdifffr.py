@@ -22,11 +22,16 @@ are chosen by the true features whatever `guidance` says.
 
 `light_mdifffr` trains the diffusion every second round (Section 4.6). `guidance` withholds the features (`none`: no
 modality token; `zero`, `random`: constant or meaningless ones), `fusion` replaces the attention (Table 4 gives no
-replacement; here the mean, or a map of the concatenation).
+replacement; here the mean, or a map of the concatenation). Without the residual path x_t is the attention's query and
+nothing else: guidance=none then makes all cold rows equal (an attention over time alone has nothing to choose), and
+fusion=mean|concat makes rows that no noise moves.
 
 Deviations: principal components are those of warm items (released: of all) and scaled to size 1. Cold rows are made
 afresh in every round, though only an evaluation reads them. The paper's rows of warm items that the code makes and
-never uses are not made.
+never uses are not made. The presets are the server's alone and leave the client at this library's defaults (lr 0.5,
+item rate lr x clients, rows from N(0, 0.1^2), a head of each client's own). The paper has lr 0.1 (Section 6.3); the
+released client, with item rate lr x warm items x 80, is `lr=0.1 init_std=1 client_init=shared` and
+`item_lr_scale` = 80 x warm items / clients.
 """
 
 from __future__ import annotations
@@ -43,13 +48,28 @@ from fedjax_rec.item_sources.cold import (
     conditions,
     neighbour_means,
     side_by_side,
+    some_cold,
     warm_and_cold,
     with_cold_rows,
 )
 from fedjax_rec.method import Method
 from fedjax_rec.methods.over import OverConfig, plain_method
-from fedjax_rec.server.diffusion import FUSIONS, Diffusion, Settings
+from fedjax_rec.server.diffusion import Diffusion, Settings, check
 from fedjax_rec.validate import one_of, positive
+
+NAMES = {
+    "steps": "diffusion_steps",
+    "scale": "noise_scale",
+    "low": "noise_low",
+    "high": "noise_high",
+    "weights": "loss_weights",
+    "optimizer": "diffusion_optimizer",
+    "lr": "diffusion_lr",
+    "weight_decay": "diffusion_decay",
+    "epochs": "server_epochs",
+    "batch_size": "diffusion_batch",
+}
+"""What the diffusion's Settings are called here, where a client has an lr too; the others have one name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,35 +123,14 @@ class Config(OverConfig):
         super().__post_init__()
         one_of("preset", self.preset, ("paper", "released", "proper"))
         one_of("guidance", self.guidance, ("features", "none", "zero", "random"))
-        one_of("fusion", self.fusion, FUSIONS)
         positive("train_every", self.train_every)
         for name in ("condition_dim", "neighbours"):
             positive(name, getattr(self, name), zero_allowed=True)
-        self.diffusion()
+        check(self, NAMES)
 
     def diffusion(self) -> Settings:
-        return Settings(
-            steps=self.diffusion_steps,
-            scale=self.noise_scale,
-            low=self.noise_low,
-            high=self.noise_high,
-            residual=self.residual,
-            hidden=self.hidden,
-            heads=self.heads,
-            dropout=self.dropout,
-            fusion=self.fusion,
-            weights=self.loss_weights,
-            optimizer=self.diffusion_optimizer,
-            lr=self.diffusion_lr,
-            weight_decay=self.diffusion_decay,
-            epochs=self.server_epochs,
-            batch_size=self.diffusion_batch,
-            ema=self.ema,
-            drop_condition=self.drop_condition,
-            guidance_scale=self.guidance_scale,
-            sampling_noise=self.sampling_noise,
-            standardise=self.standardise,
-        )
+        names = (field.name for field in dataclasses.fields(Settings))
+        return Settings(**{name: getattr(self, NAMES.get(name, name)) for name in names})
 
 
 PRESETS = {
@@ -163,7 +162,7 @@ LIGHT = {name: dataclasses.replace(preset, train_every=2) for name, preset in PR
 def mdifffr(config: Config, num_users: int, num_items: int, name: str, catalogue: Catalogue) -> Method:
     """MDiffFR; see the module docstring."""
     values = conditions_of(config, name, catalogue)
-    warm, cold = warm_and_cold(catalogue)
+    warm, cold = some_cold(catalogue, name, config.backbone)
     of_warm, of_cold = (_conditioned_on(config, name, catalogue, values, index) for index in (warm, cold))
     model = Diffusion(config.diffusion(), config.width, values.shape[1] + bool(config.neighbours) * config.width)
 
