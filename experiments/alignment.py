@@ -18,6 +18,7 @@ rows.png: warm and made rows on the two main axes of the warm ones.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -58,22 +59,21 @@ def some(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return rows[rng.permutation(len(rows))[: FLAGS.rows]]
 
 
-def main(argv) -> None:
-    logging.set_verbosity(logging.WARNING)  # checkpoints tell much
-    workdirs = [Path(name) for name in argv[1:]]
+def tables(workdirs: list[Path]) -> str:
+    """All workdirs as Markdown, also in OUT/alignment.md, beside OUT/rows.png."""
     if not workdirs:
-        raise app.UsageError("no workdir given, expected those of runs on a cold-item split")
+        raise ValueError("no workdir given, expected those of runs on a cold-item split")
+    runs = [load_run(workdir, data_dir=FLAGS.data_dir) for workdir in workdirs]
     out = Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     lines = []
     figure, axes = plt.subplots(
         1, len(workdirs), figsize=(4 * len(workdirs), 4), layout="constrained", squeeze=False, sharex=True, sharey=True
     )
-    for workdir, axis in zip(workdirs, axes[0], strict=True):
-        run = load_run(workdir, data_dir=FLAGS.data_dir)
+    for workdir, run, axis in zip(workdirs, runs, axes[0], strict=True):
         candidates = run.experiment.split.candidates
         if candidates is None or "item" not in run.shared:
-            raise app.UsageError(f"{workdir}: expected a run with --split=cold_items of a method that makes item rows")
+            raise ValueError(f"{workdir}: expected a run with --split=cold_items of a method that makes item rows")
         rng = np.random.default_rng(0)
         table = np.asarray(run.shared["item"], np.float64)
         warm, made = table[candidates["train"]], some(table[candidates["test"]], rng)
@@ -97,7 +97,18 @@ def main(argv) -> None:
     figure.savefig(out / "rows.png", dpi=120)
     text = compare.markdown("### Rows made and warm", ["run", "rounds", "rows", "distance", "p", "spread"], lines)
     (out / "alignment.md").write_text(text)
-    print(text)
+    return text
+
+
+def main(argv) -> int:
+    """The tables, or bad usage and bad input as one line on standard error."""
+    logging.set_verbosity(logging.WARNING)  # checkpoints tell much
+    try:
+        print(tables([Path(name) for name in argv[1:]]))
+        return 0
+    except (OSError, ValueError) as error:
+        print(f"alignment.py: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

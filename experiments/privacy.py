@@ -10,14 +10,18 @@
     paper       the epsilon of FedRKG's reported setting (sensitivity 0.1, sigma 0.001), by steps
 
 Runs are workdirs in OUT; finished ones are not run again, so another setting needs another OUT. Everything is also
-written to OUT/privacy.md.
+written to OUT/privacy.md. All configurations are checked before the first run; bad ones are one line on standard error
+and exit code 2. A --cold setting goes to every method of the chosen parts that has it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -31,8 +35,10 @@ import matplotlib.pyplot as plt
 from fedjax_rec import compare, load_run, run
 from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.item_sources.cold import side_by_side
+from fedjax_rec.methods import METHODS
 from fedjax_rec.privacy import accounting, attacks, mechanisms
 from fedjax_rec.rounds import make_engine
+from fedjax_rec.validate import nearest, one_of, positive
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders.")
@@ -61,11 +67,34 @@ flags.DEFINE_list("upload_noise", ["0", "0.01", "0.1"], "attacks: noise on FedMF
 LEARNS = {"guidance": "kg", "interval": 2, "beta": 0.3}
 
 
-def assigned(pairs: list[str]) -> dict[str, str]:
-    return dict(pair.split("=", 1) for pair in pairs)
+MAKERS = ("mdifffr", "light_mdifffr", "ipfedrec", "ifedncf", "cs_fcf", "cs_fedncf")
+
+
+def assigned(flag: str) -> dict[str, str]:
+    """key=value flags as a dictionary."""
+    for pair in FLAGS[flag].value:
+        if "=" not in pair:
+            raise ValueError(f"--{flag}={pair}: expected key=value")
+    return dict(pair.split("=", 1) for pair in FLAGS[flag].value)
+
+
+def numbers(flag: str, kind: type = float, *, zero_allowed: bool = False) -> list:
+    """The numbers of a list flag."""
+    given = FLAGS[flag].value
+    try:
+        read = [kind(text) for text in given]
+    except ValueError:
+        read = []
+    if not read or not all(math.isfinite(x) for x in read):
+        what = "whole numbers, like 10,50" if kind is int else "numbers, like 1,10"
+        raise ValueError(f"--{flag}={','.join(given)}: expected {what}")
+    for number in read:
+        positive(f"--{flag}", number, zero_allowed=zero_allowed)
+    return read
 
 
 def config(method: str, **changes) -> run.RunConfig:
+    ks = tuple(numbers("k", int))
     return run.RunConfig(
         method=method,
         dataset=FLAGS.dataset,
@@ -73,12 +102,21 @@ def config(method: str, **changes) -> run.RunConfig:
         rounds=FLAGS.rounds,
         eval_every=FLAGS.eval_every,
         seed=FLAGS.seed,
-        ks=tuple(map(int, FLAGS.k)),
-        select_metric=f"NDCG@{FLAGS.k[-1]}",
+        ks=ks,
+        select_metric=f"NDCG@{ks[-1]}",
         checkpoint_every=0,
         devices=1,
         **changes,
     )
+
+
+@functools.cache
+def data_of(split: str) -> tuple:
+    return run.load_data(config("fedmf", split=split))
+
+
+def prepared(chosen: run.RunConfig):
+    return run.prepare(chosen, data_of(chosen.split))
 
 
 def summary_of(name: str, chosen: run.RunConfig) -> dict:
@@ -88,7 +126,7 @@ def summary_of(name: str, chosen: run.RunConfig) -> dict:
     if not path.exists():
         print(name, flush=True)
         try:
-            run.train(chosen, folder)
+            run.train(chosen, folder, data=data_of(chosen.split))
         except FloatingPointError as error:
             print(f"{name}: {error}")
             return {}
@@ -121,22 +159,35 @@ def draw(path: Path, curves: dict[str, tuple[list, list]], levels: dict[str, flo
     plt.close(figure)
 
 
-def utility() -> str:
-    """FedRKG by mechanism and epsilon."""
-    settings = {**LEARNS, **assigned(FLAGS.set), "clip_norm": FLAGS.clip}
-    plain = summary_of("fedrkg", config("fedrkg", settings=settings))
-    rankers = plain["reference_rankers"]
-    rows = [["none (clipped)", "0", "none", "none", *cells(plain["test"]), str(plain["best_round"])]]
-    curves: dict[str, tuple[list, list]] = {}
-    delta = config("fedrkg").dp_delta
+@functools.cache
+def fedrkg_runs() -> dict[str, run.RunConfig]:
+    """FedRKG without noise, and with that of every mechanism and epsilon."""
+    settings = {**LEARNS, **assigned("set"), "clip_norm": FLAGS.clip}
+    runs = {"fedrkg": config("fedrkg", settings=settings)}
     for mechanism in ("step", "upload"):
         releases = accounting.plans(_with_noise(mechanism, settings), FLAGS.rounds)[mechanism].releases
-        for target in map(float, FLAGS.epsilon):
-            noise = accounting.noise_for(releases, target, delta)
+        for target in numbers("epsilon"):
+            noise = accounting.noise_for(releases, target, runs["fedrkg"].dp_delta)
             chosen = config("fedrkg", settings={**settings, "step_noise": noise})
             if mechanism == "upload":
                 chosen = config("fedrkg", settings=settings, dp_mechanism="gaussian", dp_noise=noise)
-            said = summary_of(f"fedrkg_{mechanism}_{target:g}", chosen)
+            runs[f"fedrkg_{mechanism}_{target:g}"] = chosen
+    return runs
+
+
+def utility() -> str:
+    """FedRKG by mechanism and epsilon."""
+    runs = fedrkg_runs()
+    plain = summary_of("fedrkg", runs["fedrkg"])
+    rankers = plain["reference_rankers"]
+    rows = [["none (clipped)", "0", "none", "none", *cells(plain["test"]), str(plain["best_round"])]]
+    curves: dict[str, tuple[list, list]] = {}
+    delta = runs["fedrkg"].dp_delta
+    for mechanism in ("step", "upload"):
+        for target in numbers("epsilon"):
+            name = f"fedrkg_{mechanism}_{target:g}"
+            said = summary_of(name, runs[name])
+            noise = runs[name].dp_noise or runs[name].settings["step_noise"]
             if not said:
                 rows.append([mechanism, f"{noise:.3g}", "", "", *["diverged"] * len(names()), ""])
                 continue
@@ -161,17 +212,75 @@ def utility() -> str:
 def _with_noise(mechanism: str, settings: dict):
     """The run with some noise, to ask what it would release."""
     if mechanism == "step":
-        return run.prepare(config("fedrkg", settings={**settings, "step_noise": 1.0}))
-    return run.prepare(config("fedrkg", settings=settings, dp_mechanism="gaussian", dp_noise=1.0))
+        return prepared(config("fedrkg", settings={**settings, "step_noise": 1.0}))
+    return prepared(config("fedrkg", settings=settings, dp_mechanism="gaussian", dp_noise=1.0))
+
+
+def cold_settings(makers: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Of every maker (a method, with a preset behind a colon) the --cold settings that it has.
+
+    Raises:
+        ValueError: for an unknown maker, and for a setting that none of them has.
+    """
+    given, settings, known = assigned("cold"), {}, {}
+    for maker in makers:
+        name, _, preset = maker.partition(":")
+        one_of("--makers", name, MAKERS)
+        known[maker] = {field.name for field in dataclasses.fields(METHODS[name].config)}
+        own = {"preset": preset} if preset else {}
+        settings[maker] = {**{k: v for k, v in given.items() if k in known[maker]}, **own}
+    anywhere = sorted(set().union(*known.values()))
+    for name in given:
+        if name not in anywhere:
+            raise ValueError(
+                f"--cold={name}: {', '.join(known)} have no such setting{nearest(name, anywhere)}; expected one of "
+                f"{', '.join(anywhere)}"
+            )
+    return settings
+
+
+def chosen_makers() -> list[str]:
+    """The methods that --cold is for: those of the chosen parts."""
+    if "attacks" in FLAGS.parts and not FLAGS.makers:
+        raise ValueError(f"--makers=: expected one or more of {', '.join(MAKERS)}")
+    attacked = FLAGS.makers if "attacks" in FLAGS.parts else []
+    return [*dict.fromkeys([*(["mdifffr"] if "laplace" in FLAGS.parts else []), *attacked])]
+
+
+def laplace_runs() -> dict[str, run.RunConfig]:
+    """MDiffFR with every intensity of noise."""
+    numbers("intensity", zero_allowed=True)
+    settings, runs = cold_settings(chosen_makers())["mdifffr"], {}
+    for intensity in FLAGS.intensity:
+        noise = {"dp_mechanism": "laplace", "dp_noise": float(intensity)} if float(intensity) else {}
+        runs[f"mdifffr_laplace_{intensity}"] = config("mdifffr", split="cold_items", settings=settings, **noise)
+    return runs
+
+
+def maker_runs() -> dict[str, run.RunConfig]:
+    """The methods whose rows are attacked."""
+    settings = cold_settings(chosen_makers())
+    name = lambda maker: maker.partition(":")[0]
+    return {
+        maker.replace(":", "_"): config(name(maker), split="cold_items", settings=settings[maker])
+        for maker in FLAGS.makers
+    }
+
+
+def fedmf_runs() -> dict[str, run.RunConfig]:
+    """FedMF with every noise on its uploads."""
+    runs = {}
+    for multiple in numbers("upload_noise", zero_allowed=True):
+        noise = {"dp_mechanism": "gaussian", "dp_clip": FLAGS.clip, "dp_noise": multiple * FLAGS.clip}
+        runs[f"fedmf_{multiple:g}"] = config("fedmf", **(noise if multiple else {}))
+    return runs
 
 
 def laplace() -> str:
     """MDiffFR's Table 5."""
     rows, x, y, rankers = [], [], [], {}
-    for intensity in FLAGS.intensity:
-        noise = {"dp_mechanism": "laplace", "dp_noise": float(intensity)} if float(intensity) else {}
-        chosen = config("mdifffr", split="cold_items", settings=assigned(FLAGS.cold), **noise)
-        said = summary_of(f"mdifffr_laplace_{intensity}", chosen)
+    for intensity, (name, chosen) in zip(FLAGS.intensity, laplace_runs().items(), strict=True):
+        said = summary_of(name, chosen)
         if not said:
             rows.append([intensity, *["diverged"] * len(names()), ""])
             continue
@@ -191,13 +300,11 @@ def inversions() -> str:
     """Features of cold items from the rows that the server sends."""
     rows = []
     measures = ("MSE", "MAE", "cosine", "Pearson", "structure")
-    for maker in FLAGS.makers:
-        name, _, preset = maker.partition(":")
-        settings = {**assigned(FLAGS.cold), **({"preset": preset} if preset else {})}
-        if not summary_of(maker.replace(":", "_"), config(name, split="cold_items", settings=settings)):
+    for maker, (name, chosen) in zip(FLAGS.makers, maker_runs().items(), strict=True):
+        if not summary_of(name, chosen):
             rows.append([maker, "diverged", *[""] * (len(measures) + 1)])
             continue
-        held = load_run(Path(FLAGS.out) / maker.replace(":", "_"), data_dir=FLAGS.data_dir)
+        held = load_run(Path(FLAGS.out) / name, data_dir=FLAGS.data_dir)
         ready = held.experiment
         warm = np.asarray(ready.split.candidates["train"], bool)
         cold = np.flatnonzero(~warm)
@@ -215,11 +322,12 @@ def probes() -> str:
     """FedMF's uploads of the round after the last, with and without noise."""
     rows = []
     measures = ("reconstruction", "found", "norm", "popularity", "membership")
-    for multiple in map(float, FLAGS.upload_noise):
-        noise = multiple * FLAGS.clip
-        given = {"dp_mechanism": "gaussian", "dp_clip": FLAGS.clip, "dp_noise": noise} if noise else {}
-        name = f"fedmf_{multiple:g}"
-        said = summary_of(name, config("fedmf", **given))
+    for name, chosen in fedmf_runs().items():
+        noise = chosen.dp_noise
+        said = summary_of(name, chosen)
+        if not said:
+            rows.append([f"{noise:g}", "", *["diverged"] * (len(measures) + len(names()))])
+            continue
         held = load_run(Path(FLAGS.out) / name, data_dir=FLAGS.data_dir)
         ready, engine = held.experiment, held.experiment.engine
         if noise:  # the run drew its noise for all at once; the server sees every client's own
@@ -254,23 +362,50 @@ def paper() -> str:
 
 
 PARTS = {
-    "utility": lambda: [utility()],
-    "laplace": lambda: [laplace()],
-    "attacks": lambda: [inversions(), probes()],
-    "paper": lambda: [paper()],
+    "utility": ((fedrkg_runs,), (utility,)),
+    "laplace": ((laplace_runs,), (laplace,)),
+    "attacks": ((maker_runs, fedmf_runs), (inversions, probes)),
+    "paper": ((), (paper,)),
 }
+"""What a part runs, and its tables."""
 
 
-def main(argv) -> None:
-    logging.set_verbosity(logging.WARNING)
-    unknown = [part for part in FLAGS.parts if part not in PARTS]
-    if len(argv) > 1 or unknown:
-        raise app.UsageError(f"{(argv[1:] + unknown)[0]!r}: expected --parts of {', '.join(PARTS)}")
+def check() -> None:
+    """Builds every run of the chosen parts, so that none is refused after hours of others."""
+    for part in FLAGS.parts:
+        one_of("--parts", part, PARTS)
+    for name in ("attack_steps", "draws", "probed", "clip"):
+        positive(f"--{name}", FLAGS[name].value)
+    for part in FLAGS.parts:
+        for runs in PARTS[part][0]:
+            for name, chosen in runs().items():
+                try:
+                    accounting.check(prepared(chosen))
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+
+
+def tables() -> str:
+    """The chosen parts as Markdown, also in OUT/privacy.md."""
+    check()
     out = Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
-    said = "\n".join(table for part in FLAGS.parts for table in PARTS[part]())
+    said = "\n".join(table() for part in FLAGS.parts for table in PARTS[part][1])
     (out / "privacy.md").write_text(said)
-    print(said)
+    return said
+
+
+def main(argv) -> int:
+    """The tables, or bad usage and bad input as one line on standard error."""
+    logging.set_verbosity(logging.WARNING)
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"{argv[1]!r}: expected flags only")
+        print(tables())
+        return 0
+    except (OSError, ValueError) as error:
+        print(f"privacy.py: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

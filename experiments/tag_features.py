@@ -13,6 +13,7 @@ them: an item that is really new has none yet, so figures with tags tell of item
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,13 +78,26 @@ def features(tags: scipy.sparse.csr_array, min_items: int, width: int) -> tuple[
     return unit_rows(np.where(present[:, None], left[:, order] * size[order], 0.0)).astype(np.float32), present
 
 
-def main(argv) -> None:
+def write() -> str:
+    """Reads, makes, writes; says what is there."""
     tags = read_tags(Path(FLAGS.tags))
     values, present = features(tags, FLAGS.min_items, FLAGS.width)
     arrays = {"values": values, "raw_ids": np.arange(len(values)), "present": present}
     with open(FLAGS.out, "wb") as file:  # by name, savez would add .npz
         np.savez(file, model=np.array(f"tags in {FLAGS.min_items} items or more"), **arrays)
-    print(f"{FLAGS.out}: {len(values)} items, {values.shape[1]} directions, {(~present).sum()} items without tags")
+    return f"{FLAGS.out}: {len(values)} items, {values.shape[1]} directions, {(~present).sum()} items without tags"
+
+
+def main(argv) -> int:
+    """What was written, or bad usage and bad input as one line on standard error."""
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"{argv[1]!r}: expected flags only")
+        print(write())
+        return 0
+    except (OSError, ValueError) as error:
+        print(f"tag_features.py: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -169,7 +169,10 @@ def test_tag_features_of_items_with_the_same_tags_are_the_same(tmp_path):
     for wrong in ("3 1 0", ""):
         tags.write_text(f"2 0 1\n{wrong}\n2 0 1\n")
         refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT)
-        assert refused.returncode != 0 and "line 2" in refused.stderr
+        assert refused.returncode == 2 and "line 2" in refused.stderr and refused.stderr.count("\n") == 1
+    tags.unlink()
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT)
+    assert refused.returncode == 2 and str(tags) in refused.stderr and refused.stderr.count("\n") == 1
 
 
 def test_guidance_before_and_after_for_every_group(tmp_path):
@@ -207,3 +210,55 @@ def test_rows_that_are_means_of_others_crowd_together(tmp_path):
     assert found["knn", "made"][2] < 0.3 < 0.8 < found["random", "made"][2] < 1.25
     assert found["knn", "made"][0] > 2 * found["random", "made"][0]
     assert found["knn", "made"][1] < 0.05 < found["knn", "halves"][1]
+    nowhere = [sys.executable, *map(str, command), tmp_path / "nowhere"]
+    refused = subprocess.run(nowhere, cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT)
+    assert refused.returncode == 2 and "nowhere" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+PRIVACY = """
+import sys
+sys.path.insert(0, "experiments")
+import privacy
+
+def parse(*given):
+    for name in privacy.FLAGS:
+        privacy.FLAGS[name].unparse()
+    privacy.FLAGS(["privacy.py", f"--out={sys.argv[1]}", *given])
+
+parse("--parts=attacks", "--makers=mdifffr:proper,ipfedrec", "--cold=backbone=fedmf", "--cold=reg=0.5", "--cold=dim=8")
+given = {name: dict(run.settings) for name, run in privacy.maker_runs().items()}
+assert given == {
+    "mdifffr_proper": {"backbone": "fedmf", "dim": "8", "preset": "proper"}, "ipfedrec": {"reg": "0.5", "dim": "8"},
+}, given
+for line in sys.stdin.read().splitlines():
+    parse(*line.split())
+    assert privacy.main(["privacy.py"]) == 2, line
+"""
+PRIVACY_REFUSED = {
+    "--parts=attack": "--parts='attack': expected one of utility, laplace, attacks, paper (did you mean attacks?)",
+    "--parts=laplace,attacks --cold=backbone": "--cold=backbone: expected key=value",
+    "--parts=attacks --cold=backbon=fedmf": "have no such setting (did you mean backbone?)",
+    "--parts=attacks --cold=dim=8": "ipfedrec: reg=3.2: the stability limit is",
+    "--parts=attacks --cold=backbone=fedmff": "did you mean fedmf?",
+    "--parts=laplace --cold=attribute_lr=1": "--cold=attribute_lr: mdifffr have no such setting",
+    "--parts=utility --epsilon=foo": "--epsilon=foo: expected numbers, like 1,10",
+    "--parts=laplace --intensity=0,-1": "--intensity=-1.0: expected a number >= 0",
+    "--parts=attacks --makers=foo": "--makers='foo': expected one of mdifffr,",
+    "--parts=attacks --makers=": "--makers=: expected one or more of mdifffr,",
+    "--parts=laplace --k=": "--k=: expected whole numbers, like 10,50",
+    "--parts=attacks --upload_noise=0,x": "--upload_noise=0,x: expected numbers",
+    "--parts=attacks --draws=0": "--draws=0: expected a number > 0",
+}
+
+
+def test_privacy_refuses_bad_settings_before_the_first_run(tmp_path):
+    """One line each; a --cold setting goes to the methods that have it."""
+    command = [sys.executable, "-c", PRIVACY, tmp_path / "out"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT, input="\n".join(PRIVACY_REFUSED)
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stderr.splitlines()
+    for line, expected in zip(said, PRIVACY_REFUSED.values(), strict=True):
+        assert line.startswith("privacy.py: ") and expected in line, line
+    assert not (tmp_path / "out").exists()
