@@ -26,7 +26,7 @@ flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders.")
 flags.DEFINE_string("out", "runs/ablations", "Folder of the workdirs, ablations.md and the plots.")
 flags.DEFINE_string("base", None, "Flagfile of the full method.", required=True)
 flags.DEFINE_integer("seeds", 5, "Seeds 0 .. n-1 of every variant.")
-flags.DEFINE_list("k", ["10", "50"], "Cut-offs shown.")
+flags.DEFINE_list("k", [], "Cut-offs shown, which all runs get; default: those of the base.")
 flags.DEFINE_list("groups", [], "Which ablations; default: those of the base's method.")
 flags.DEFINE_multi_string("override", [], "A flag handed to every run, e.g. --rounds=50.")
 
@@ -106,7 +106,8 @@ def plot(path: Path, group: str, runs: dict[str, compare.Runs]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.35 * len(runs) + 1.6), layout="constrained", sharey=True)
-    for axis, metric in zip(axes, (f"HR@{FLAGS.k[-1]}", f"NDCG@{FLAGS.k[-1]}"), strict=True):
+    k = max(map(int, FLAGS.k), default=0) or compare.cut_offs(list(runs.values()))[-1]
+    for axis, metric in zip(axes, (f"HR@{k}", f"NDCG@{k}"), strict=True):
         values = [[said["test"][metric] for said in one.summaries] for one in runs.values()]
         axis.barh(list(runs), [np.mean(v) for v in values], xerr=[np.std(v) for v in values], capsize=3)
         axis.set(xlabel=f"test {metric} (bar: standard deviation over seeds)")
@@ -126,17 +127,20 @@ def main(argv) -> None:
         flagfiles = write_flagfiles(out / "flags", group)
         command = [
             sys.executable, str(Path(__file__).with_name("tables.py")), f"--data_dir={FLAGS.data_dir}", f"--out={out}",
-            f"--seeds={FLAGS.seeds}", f"--k={','.join(FLAGS.k)}", f"--against={FULL}",
+            f"--seeds={FLAGS.seeds}", *([f"--k={','.join(FLAGS.k)}"] if FLAGS.k else []), f"--against={FULL}",
             *(f"--override={flag}" for flag in FLAGS.override), *map(str, flagfiles),
         ]  # fmt: skip
-        text = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:  # it has said why
+            sys.exit(done.returncode)
         finished = {path.stem: out / path.stem for path in flagfiles if any((out / path.stem).glob("*/summary.json"))}
         # the training-free rankers are the same in every group: they stand in the data set's main table
-        lines = [line for line in text.splitlines() if line and not line.startswith("| *")]
+        lines = [line for line in done.stdout.splitlines() if line and not line.startswith("| *")]
         lines += [f"| {path.stem} | diverged with every seed |" for path in flagfiles if path.stem not in finished]
         parts.append("\n".join([f"### {group}", "", *lines, ""]))
         (out / "ablations.md").write_text("\n".join(parts))
-        plot(out / f"{group}.png", group, {name: compare.read_runs(home) for name, home in finished.items()})
+        if finished:
+            plot(out / f"{group}.png", group, {name: compare.read_runs(home) for name, home in finished.items()})
     print((out / "ablations.md").read_text())
 
 

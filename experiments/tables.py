@@ -1,19 +1,23 @@
-"""Runs flagfiles over several seeds and prints one Markdown table per data set, beside the training-free rankers.
+"""Runs flagfiles over several seeds and prints Markdown tables, one per data set, split and protocol, beside the
+training-free rankers.
 
     python experiments/tables.py --data_dir=DATA --out=runs/tables --seeds=5 --against=fedmf experiments/ku_*.flags
 
 Every run is a workdir OUT/<flagfile>/seed_<n>, made by launch.py; finished ones are not run again. A row is named by
-its flagfile, without the data set. The last column is the paired difference to --against; --claims=a>b,c>d are judged
-below the table at every cut-off: each client's metric is averaged over seeds, and the mean of the per-client
-differences is shown with its 95 % interval (see fedjax_rec/compare.py). A claim is true or false where the interval
-leaves zero out, else open.
+its flagfile, without the data set and the split. The last column is the paired difference to --against;
+--claims=a>b,c>d are judged below the table at every cut-off: each client's metric is averaged over seeds, and the mean
+of the per-client differences is shown with its 95 % interval (see fedjax_rec/compare.py). A claim is true or false
+where the interval leaves zero out, else open. A run has the cut-offs of its flagfile; where --k is given it has those
+instead, and the ones that its round is selected at.
 """
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +25,9 @@ from absl import app, flags
 
 from fedjax_rec import compare, metrics
 from fedjax_rec.compare import Runs
+from fedjax_rec.experiment import RunConfig
+from fedjax_rec.validate import nearest
+from fedjax_rec.workdir import UsageError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders.")
@@ -28,12 +35,30 @@ flags.DEFINE_string("out", "runs/tables", "Folder of the workdirs.")
 flags.DEFINE_integer("seeds", 5, "Seeds 0 .. n-1 of every flagfile.")
 flags.DEFINE_string("against", "fedmf", "Row that the others are compared with, client by client.")
 flags.DEFINE_list("claims", [], "Claims to judge, as better>worse by row names.")
-flags.DEFINE_list("k", ["10", "50"], "Cut-offs shown.")
+flags.DEFINE_list("k", [], "Cut-offs shown, which all runs get; default: those that all runs of a table have.")
 flags.DEFINE_multi_string("override", [], "A flag handed to every run after its flagfile, e.g. --rounds=50.")
 flags.DEFINE_bool("run", True, "False: only print what is there.")
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
 DIVERGED = 3  # exit code of launch.py
+TABLE_OF = "dataset", "split", "protocol"
+DEFAULTS = {"select_metric": RunConfig.select_metric} | {name: getattr(RunConfig, name) for name in TABLE_OF}
+"""The defaults of what is read in flagfiles."""
+
+
+def given_flags(flagfile: Path) -> dict[str, str]:
+    """What a flagfile, those it includes and --override say, by flag; of repeated flags the last."""
+    lines = FLAGS.read_flags_from_files([f"--flagfile={flagfile}"]) + FLAGS.override
+    return dict(line.lstrip("-").split("=", 1) for line in lines if "=" in line)
+
+
+def cut_offs(flagfile: Path) -> list[str]:
+    """--k for a run, where the user gave it: with the cut-offs that the run is selected at."""
+    if not FLAGS.k:
+        return []
+    selected = given_flags(flagfile).get("select_metric", DEFAULTS["select_metric"])
+    every = {*map(int, FLAGS.k), *map(int, re.findall(r"@(\d+)", selected))}
+    return [f"--k={','.join(map(str, sorted(every)))}"]
 
 
 def run_one(flagfile: Path, seed: int, workdir: Path) -> None:
@@ -43,7 +68,7 @@ def run_one(flagfile: Path, seed: int, workdir: Path) -> None:
     command = [
         sys.executable, str(LAUNCH), f"--flagfile={flagfile}", f"--seed={seed}", f"--workdir={workdir}",
         f"--data_dir={FLAGS.data_dir}", "--noprogress", "--noplots", "--checkpoint_every=0",
-        f"--compile_cache={Path(FLAGS.out) / 'compiled'}", f"--k={','.join(FLAGS.k)}", *FLAGS.override,
+        f"--compile_cache={Path(FLAGS.out) / 'compiled'}", *cut_offs(flagfile), *FLAGS.override,
     ]  # fmt: skip
     code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
     if code == DIVERGED:
@@ -56,10 +81,75 @@ def row_name(flagfile: str, dataset: str) -> str:
     return flagfile.removeprefix(f"{dataset.replace('-', '_')}_").removeprefix("cold_items_")
 
 
+def places(flagfiles: Sequence[Path]) -> dict[Path, tuple[str, str]]:
+    """The table and the row of every flagfile.
+
+    Raises:
+        UsageError: two that make one row.
+    """
+    made: dict[tuple[str, str], Path] = {}
+    for flagfile in flagfiles:
+        said = DEFAULTS | given_flags(flagfile)
+        place = " ".join(said[name] for name in TABLE_OF), row_name(flagfile.stem, said["dataset"])
+        if place in made:
+            raise UsageError(
+                f"{made[place]} and {flagfile} are both row {place[1]} of {place[0]}; expected one flagfile for a row: "
+                "rename one"
+            )
+        made[place] = flagfile
+    return {flagfile: place for place, flagfile in made.items()}
+
+
+def check(made: Sequence[tuple[str, str]]) -> None:
+    """That --k, --against and --claims can be answered by these tables and rows.
+
+    Raises:
+        UsageError: names what is wrong.
+    """
+    if not all(k.isdecimal() and int(k) for k in FLAGS.k):
+        raise UsageError(f"--k={','.join(FLAGS.k)}: expected whole numbers > 0, like 10,50")
+    rows = defaultdict(set)
+    for group, row in made:
+        rows[group].add(row)
+    every = sorted(set().union(*rows.values()))
+    asked = [("--against", FLAGS.against, [FLAGS.against])] if FLAGS["against"].present else []
+    for claim in FLAGS.claims:
+        sides = claim.split(">")
+        if len(sides) != 2:
+            raise UsageError(f"--claims={claim}: expected better>worse, by row names")
+        asked.append(("--claims", claim, sides))
+    for flag, value, names in asked:
+        for name in names:
+            if name not in every:
+                raise UsageError(
+                    f"{flag}={value}: no row {name!r}; expected some of {', '.join(every)}{nearest(name, every)}"
+                )
+        if not any(set(names) <= held for held in rows.values()):
+            raise UsageError(f"{flag}={value}: the two are rows of different tables ({'; '.join(rows)}); expected one")
+
+
+def shown(runs: Sequence[Runs]) -> list[int]:
+    """The cut-offs of a table.
+
+    Raises:
+        UsageError: a run has not those of --k, or there are none that all have.
+    """
+    common = compare.cut_offs(runs)
+    missing = sorted({*map(int, FLAGS.k)} - {*common})
+    if missing or not common:
+        said = "; ".join(f"{one.name} {','.join(map(str, one.configs[0]['ks']))}" for one in runs)
+        wanted = (
+            f"--k={','.join(FLAGS.k)}: expected runs that have them" if FLAGS.k else "no cut-off that all runs have"
+        )
+        raise UsageError(f"{wanted}, there are {said}; use another --k, or another --out to run them again")
+    return [int(k) for k in FLAGS.k] or common
+
+
 def table(runs: dict[str, Runs]) -> str:
-    """Markdown for the rows of one data set."""
+    """Markdown for the rows of one data set and split."""
+    ks = shown(list(runs.values()))
     cold = next(iter(runs.values())).configs[0]["split"] == "cold_items"  # users have several targets, all unseen
-    names = [f"{name}@{k}" for k in FLAGS.k for name in ("Recall" if cold else "HR", "NDCG")]
+    names = [f"{name}@{k}" for k in ks for name in ("Recall" if cold else "HR", "NDCG")]
     wide = names[-2:]
     parts = () if cold else ("test_seen", "test_unseen")
     head = ["", *names, *(f"{m} {part.removeprefix('test_')}" for m in wide for part in parts), "seeds", "round"]
@@ -96,24 +186,32 @@ def verdict(runs: dict[str, Runs], claim: str, metric: str) -> str:
     return f"* {better} beats {worse}, {metric}: **{holds}** ({_difference(runs, better, worse, metric)})"
 
 
-def main(argv) -> None:
-    flagfiles = [Path(name) for name in argv[1:]]
+def tables(flagfiles: Sequence[Path]) -> None:
+    """Runs what is not there yet and prints the tables."""
     if not flagfiles:
-        raise app.UsageError("expected flagfiles, like experiments/ku_*.flags")
-    out = Path(FLAGS.out)
+        raise UsageError("no flagfile given, expected some, like experiments/ku_*.flags")
+    placed, out = places(flagfiles), Path(FLAGS.out)
+    check(list(placed.values()))
     for seed in range(FLAGS.seeds if FLAGS.run else 0):
-        for flagfile in flagfiles:
+        for flagfile in placed:
             run_one(flagfile, seed, out / flagfile.stem / compare.SEED_FOLDER.format(seed))
     found: dict[str, dict[str, Runs]] = defaultdict(dict)
-    for flagfile in flagfiles:
-        if not any((out / flagfile.stem).glob(compare.SEED_FOLDER.format("*") + "/summary.json")):
-            continue
-        runs = compare.read_runs(out / flagfile.stem)
-        config = runs.configs[0]
-        found[f"{config['dataset']} {config['protocol']}"][row_name(flagfile.stem, config["dataset"])] = runs
-    for runs in found.values():
+    for flagfile, (group, row) in placed.items():
+        if any((out / flagfile.stem).glob(compare.SEED_FOLDER.format("*") + "/summary.json")):
+            found[group][row] = compare.read_runs(out / flagfile.stem)
+    for group, runs in found.items():
         compare.check_comparable(list(runs.values()))
-        print(table(runs), flush=True)
+        print(f"{group}\n\n" * (len(found) > 1) + table(runs), flush=True)
+
+
+def main(argv) -> int:
+    """The tables, or bad usage and bad input as one line on standard error."""
+    try:
+        tables([Path(name) for name in argv[1:]])
+        return 0
+    except (OSError, ValueError, flags.Error) as error:
+        print(f"tables.py: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -56,6 +56,11 @@ def read_runs(workdir: str | os.PathLike) -> Runs:
     return Runs(str(workdir), folders, [read_config(path) for path in folders], summaries)
 
 
+def cut_offs(runs: Sequence[Runs]) -> list[int]:
+    """The cut-offs that all runs have."""
+    return sorted(set.intersection(*(set(config["ks"]) for one in runs for config in one.configs)))
+
+
 def spread(values: Sequence[float | int | None]) -> str:
     """mean ± standard deviation over seeds; - where there are no values."""
     known = [value for value in values if value is not None and np.isfinite(value)]

@@ -143,6 +143,65 @@ def test_tables_judge_claims(base, tmp_path):
     assert "| *popularity* |" in said
 
 
+def test_tables_of_two_splits_with_the_cut_offs_of_their_recipes(tmp_path):
+    """One row name in two splits, whose rounds are selected at different cut-offs; --k adds those shown."""
+    warm, cold = (tmp_path / f"synthetic_{name}fedvlr_fcf.flags" for name in ("", "cold_items_"))
+    common = ["--method=fedvlr", "--backbone=fcf", "--set=dim=8", "--set=id_dim=8", *QUICK]
+    warm.write_text("\n".join([*common, "--select_metric=NDCG@50"]) + "\n")
+    cold.write_text("\n".join([*common, "--split=cold_items", "--k=20,100", "--select_metric=Recall@20"]) + "\n")
+    heads = {}
+    for k in ("", "--k=30"):
+        said = call("experiments/tables.py", f"--out={tmp_path / f'out{k}'}", "--seeds=1", *k.split(), warm, cold)
+        titles = [line for line in said.splitlines() if line.startswith("synthetic ")]
+        assert titles == ["synthetic leave_one_out honest", "synthetic cold_items honest"]
+        assert said.count("| fedvlr_fcf |") == 2
+        heads[k] = [line.split(" | ")[1:4] for line in said.splitlines() if line.startswith("|  | ")]
+    assert heads[""] == [["HR@10", "NDCG@10", "HR@50"], ["Recall@20", "NDCG@20", "Recall@100"]]
+    assert [head[:2] for head in heads["--k=30"]] == [["HR@30", "NDCG@30"], ["Recall@30", "NDCG@30"]]
+    config = json.loads((tmp_path / "out--k=30" / cold.stem / "seed_0" / "config.json").read_text())
+    assert config["ks"] == [20, 30]
+    again = ("experiments/tables.py", f"--out={tmp_path / 'out'}", "--norun", "--k=30", warm)
+    done = subprocess.run(
+        [sys.executable, *map(str, again)], cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT
+    )
+    assert done.returncode == 2 and "--k=30: expected runs that have them" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+TABLES = """
+import sys
+sys.path.insert(0, "experiments")
+import tables
+for line in sys.stdin.read().splitlines():
+    for name in tables.FLAGS:
+        tables.FLAGS[name].unparse()
+    left = tables.FLAGS(["tables.py", f"--out={sys.argv[1]}", *line.split()])
+    assert tables.main(left) == 2, line
+"""
+TWO = "experiments/ku_fcf.flags experiments/ku_fedmf.flags"
+TABLES_REFUSED = {
+    "": "no flagfile given",
+    f"--claims=fedmf>fcff {TWO}": "--claims=fedmf>fcff: no row 'fcff'; expected some of fcf, fedmf (did you mean fcf?)",
+    f"--claims=fedmf>fcf,fedmf<fcf {TWO}": "--claims=fedmf<fcf: expected better>worse",
+    f"--against=fedmff {TWO}": "--against=fedmff: no row 'fedmff'; expected some of fcf, fedmf (did you mean fedmf?)",
+    f"--claims=fedmf>mdifffr_proper {TWO} experiments/ku_cold_items_mdifffr_proper.flags": "rows of different tables",
+    f"--k=10,x {TWO}": "--k=10,x: expected whole numbers > 0",
+    f"{TWO} {TWO}": "are both row fcf of ku given honest",
+    "experiments/kuu_fcf.flags": "experiments/kuu_fcf.flags",
+}
+
+
+def test_tables_refuse_what_they_cannot_answer_before_the_first_run(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", TABLES, tmp_path / "out"], cwd=ROOT, capture_output=True, text=True,
+        env=quick.ENVIRONMENT, input="\n".join(TABLES_REFUSED),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for line, expected in zip(done.stderr.splitlines(), TABLES_REFUSED.values(), strict=True):
+        assert line.startswith("tables.py: ") and expected in line, line
+    assert not (tmp_path / "out").exists()
+
+
 def test_plots_of_a_run_with_a_router(base, tmp_path):
     call("launch.py", f"--flagfile={base}", f"--workdir={tmp_path / 'run'}", "--rounds=4")
     call("experiments/plots.py", f"--out={tmp_path / 'plots'}", tmp_path / "run")
