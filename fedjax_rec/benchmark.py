@@ -33,7 +33,8 @@ def run(
     Returns:
         times in seconds (median, min, max over the timed rounds, each waited for; `phases_s`: the same rounds' three
         compiled functions waited for one by one), throughputs per second, bytes,
-        and the same round as a NumPy loop over clients (None for methods it does not know).
+        and the first of these rounds, with its cohort, as a NumPy loop over clients (None for methods it does not
+        know).
     """
     positive("rounds", rounds)
     ready = prepare(config, data)
@@ -82,7 +83,7 @@ def run(
         "bytes_per_round": moved,
         "memory_bandwidth_bytes_per_s": bandwidth,
         "roofline_share": moved / bandwidth / median,
-        "numpy_loop_round_s": numpy_loop_seconds(ready.method, ready.split),
+        "numpy_loop_round_s": numpy_loop_seconds(ready.method, ready.split, ready.cohort_users(1)),
         "peak_memory_bytes": peak,
         "memory_estimate_bytes": memory,
         "block_sizes": list(ready.engine.block),
@@ -98,10 +99,11 @@ def run(
 
 def _phases(ready: Experiment, state: State, rounds: int) -> tuple[dict[str, float], State]:
     """Median seconds of a round's three compiled functions, each waited for: what the server makes for its clients
-    (fusion), the clients with the aggregation of their uploads, and the server's step (the pull-back)."""
+    (fusion), the clients with the aggregation of their uploads, and the server's step (the pull-back). The first pass
+    compiles them and is not counted."""
     engine, key = ready.engine, ready.key
     times = []
-    for round_ in range(1, rounds + 1):
+    for round_ in range(rounds + 1):
         cohort = _cohort(ready, round_) or engine.everybody
         at = [time.perf_counter()]
         shared = jax.block_until_ready(publish(engine, key, state.server, round_))
@@ -113,7 +115,7 @@ def _phases(ready: Experiment, state: State, rounds: int) -> tuple[dict[str, flo
         at.append(time.perf_counter())
         state = State(server, clients, mail)
         times.append(np.diff(at))
-    return dict(zip(("publish", "clients", "server_step"), np.median(times, 0).tolist(), strict=True)), state
+    return dict(zip(("publish", "clients", "server_step"), np.median(times[1:], 0).tolist(), strict=True)), state
 
 
 def _cohort(ready, round_: int):
@@ -121,7 +123,7 @@ def _cohort(ready, round_: int):
     return None if users is None else ready.engine.cohort(users)
 
 
-def samples_per_round(method: Method, split: Split) -> float:
+def samples_per_round(method: Method, split: Split) -> int:
     """Training samples of a round in which everybody takes part."""
     sampling = method.sampling
     return len(split.train.item) * (1 + sampling.negatives) * sampling.local_epochs
@@ -170,12 +172,16 @@ def table(result: dict[str, Any]) -> str:
 # ---- the plain loop ----------------------------------------------------------------------------------------
 
 
-def numpy_loop_seconds(method: Method, split: Split, repeats: int = 3) -> float | None:
-    """Median seconds of one round as a loop over clients that touches only used rows, as one would write it by
-    hand in NumPy; None for methods whose score is not linear in the item vector, and for very large rounds."""
+def numpy_loop_seconds(
+    method: Method, split: Split, cohort: np.ndarray | None = None, repeats: int = 3
+) -> float | None:
+    """Median seconds of one round as a loop over the cohort's clients (None: all) that touches only used rows, as one
+    would write it by hand in NumPy; None for methods whose score is not linear in the item vector, and for very large
+    rounds."""
     if method.name not in ("pfedrec", "fedmf", "fcf", "fedavg") or method.sampling.local_epochs != 1:
         return None
-    if samples_per_round(method, split) > LOOP_SAMPLES:
+    users = np.arange(split.num_users) if cohort is None else cohort
+    if samples_per_round(method, split) * len(users) / split.num_users > LOOP_SAMPLES:
         return None
     rng = np.random.default_rng(0)
     dim = method.config.dim
@@ -186,16 +192,16 @@ def numpy_loop_seconds(method: Method, split: Split, repeats: int = 3) -> float 
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        _numpy_round(rng, table, heads, split, offsets, method, two_steps)
+        _numpy_round(rng, table, heads, split, offsets, users, method, two_steps)
         times.append(time.perf_counter() - began)
     return float(np.median(times))
 
 
-def _numpy_round(rng, table, heads, split: Split, offsets, method: Method, two_steps: bool) -> None:
-    """One round: every client draws, trains on its rows and adds its change into the sum."""
+def _numpy_round(rng, table, heads, split: Split, offsets, users, method: Method, two_steps: bool) -> None:
+    """One round: each of `users` draws, trains on its rows and adds its change into the sum."""
     sampling, lr = method.sampling, np.float32(0.1)
     total = np.zeros_like(table)
-    for user in range(split.num_users):
+    for user in users:
         history = split.train.item[offsets[user] : offsets[user + 1]]
         if not len(history):
             continue
@@ -225,7 +231,7 @@ def _numpy_round(rng, table, heads, split: Split, offsets, method: Method, two_s
                 weight -= step[0]
                 bias -= step[1]
         total[rows] += local - table[rows]
-    table += total / split.num_users
+    table += total / len(users)
 
 
 def _error(vectors, weight, bias, label):
