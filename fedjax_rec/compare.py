@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +21,14 @@ import numpy as np
 
 from fedjax_rec import metrics
 from fedjax_rec.validate import one_of
-from fedjax_rec.workdir import UsageError, read_config
+from fedjax_rec.workdir import IMMATERIAL, UsageError, read_config
+from fedjax_rec.workdir import _flat as flat
 
 SEED_FOLDER = "seed_{}"
+LAYOUT = frozenset({"devices", "block_size", "block_sizes", "max_buckets"})
+"""Settings that only order a run's sums."""
+MAY_DIFFER = IMMATERIAL | LAYOUT | {"seed"}
+"""What seeds of one configuration may differ in."""
 
 
 class Runs(NamedTuple):
@@ -45,15 +50,42 @@ def read_runs(workdir: str | os.PathLike) -> Runs:
     """The finished run, or runs of several seeds, in a workdir.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or there are runs of several configurations.
     """
     folder = Path(workdir)
-    seeds = sorted(folder.glob(SEED_FOLDER.format("*")), key=lambda path: (len(path.name), path.name))
-    folders = [path for path in [folder, *seeds] if (path / "summary.json").exists()]
+    folders = [path for path in [folder, *seed_folders(folder)] if (path / "summary.json").exists()]
     if not folders:
         raise UsageError(f"{folder}: holds no finished run (no summary.json, no {SEED_FOLDER.format('<n>')}/ with one)")
+    if folders[0] == folder and len(folders) > 1:
+        raise UsageError(
+            f"{folder} holds a run and beside it {', '.join(path.name for path in folders[1:])}; expected one run or "
+            "seeds of one configuration: move one of them to a workdir of its own"
+        )
+    configs = [read_config(path) for path in folders]
+    for path, config in zip(folders, configs, strict=True):
+        differing = differences(configs[0], config, folders[0].name, path.name)
+        if differing:
+            raise UsageError(
+                f"{folder}: {folders[0].name} and {path.name} are not seeds of one configuration "
+                f"({'; '.join(differing)}); move each configuration's seeds to a workdir of their own"
+            )
     summaries = [json.loads((path / "summary.json").read_text()) for path in folders]
-    return Runs(str(workdir), folders, [read_config(path) for path in folders], summaries)
+    return Runs(str(workdir), folders, configs, summaries)
+
+
+def seed_folders(folder: Path) -> list[Path]:
+    """The folders of seeds in a workdir, by seed."""
+    return sorted(folder.glob(SEED_FOLDER.format("*")), key=lambda path: (len(path.name), path.name))
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], of_a: str, of_b: str) -> list[str]:
+    """In what two seeds' configurations differ, beside the seed, the layout and what no result depends on."""
+    a, b = ({k: v for k, v in flat(config).items() if k.split(".")[0] not in MAY_DIFFER} for config in (a, b))
+    return [
+        f"{name}: {a.get(name)!r} {of_a}, {b.get(name)!r} {of_b}"
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name) != b.get(name)
+    ]
 
 
 def cut_offs(runs: Sequence[Runs]) -> list[int]:
@@ -81,7 +113,7 @@ def paired(a: np.ndarray, b: np.ndarray) -> str:
 
 
 def check_comparable(runs: Sequence[Runs]) -> None:
-    """That all runs rank the same test items of the same users in the same way.
+    """That all runs rank the same test items of the same users in the same way, some of them in all runs.
 
     Raises:
         UsageError: names the first run that differs from the first of all, and how.
@@ -89,6 +121,7 @@ def check_comparable(runs: Sequence[Runs]) -> None:
     first = runs[0]
     with np.load(first.folders[0] / "per_client.npz") as held:
         users, targets = held["user_id"], held["test_item"]
+        judged = _judged(held)
     for other in runs:
         for folder, config in zip(other.folders, other.configs, strict=True):
             for name in ("dataset", "filters", "split", "ranking"):
@@ -99,11 +132,22 @@ def check_comparable(runs: Sequence[Runs]) -> None:
                     )
             with np.load(folder / "per_client.npz") as held:
                 same = np.array_equal(held["user_id"], users) and np.array_equal(held["test_item"], targets)
+                judged = judged & _judged(held) if same else judged
             if not same:
                 raise UsageError(
                     f"{folder} cannot be compared with {first.folders[0]}: their users or test items differ; compare "
                     "runs on the same data and split"
                 )
+            if not judged.any():
+                raise UsageError(
+                    f"{folder} cannot be compared with {first.folders[0]} and those between: no evaluated client in "
+                    "common; run them again with one --eval_clients"
+                )
+
+
+def _judged(held: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Which clients of per_client.npz were evaluated on test items."""
+    return np.isfinite(held["test_rank"]).any(1)
 
 
 def compare(workdirs: Sequence[str | os.PathLike], names: Sequence[str] = ()) -> str:

@@ -31,6 +31,7 @@ from fedjax_rec.validate import between, one_of, positive
 from fedjax_rec.workdir import UsageError
 
 LARGEST_WEIGHT = 100  # of a client's step on a cohort's mean: at 1,000 the defaults of fedmf and pfedrec diverged
+EVAL_CLIENTS_SEED = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class RunConfig:
         rounds, seed: length and randomness of the run.
         clients_per_round: a number, a share below 1, or 0 for everybody.
         eval_every: rounds between evaluations; the last round is always evaluated.
-        eval_clients: evaluate only so many clients (drawn once), 0 for all.
+        eval_clients: evaluate only so many clients (drawn once, whatever the seed), 0 for all.
         ks: cut-offs of the metrics.
         ndcg: correct, or released to have NDCG_released@k beside it (see metrics.per_client).
         select_metric: the validation metric that selects the round; names joined by `+` select by their sum.
@@ -249,8 +250,9 @@ def prepare(config: RunConfig, data: tuple | None = None) -> Experiment:
     evaluator = make_evaluator(engine, split, protocol=chosen, sampled=config.ranking == "sampled_99")
     eval_cohort = None
     if 0 < config.eval_clients < split.num_users:
-        rng = np.random.default_rng([config.seed, 2**20])
-        eval_cohort = engine.cohort(rng.choice(split.num_users, config.eval_clients, replace=False))
+        # whatever the seed, and fewer among more: runs are compared client by client
+        order = np.random.default_rng(EVAL_CLIENTS_SEED).permutation(split.num_users)
+        eval_cohort = engine.cohort(order[: config.eval_clients])
     key = jax.random.key(config.seed)
     return Experiment(config, interactions, split, features, chosen, method, engine, evaluator, key, eval_cohort)
 

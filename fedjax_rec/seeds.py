@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from fedjax_rec import run
-from fedjax_rec.compare import SEED_FOLDER, Runs, aligned, read_runs, spread
+from fedjax_rec.compare import SEED_FOLDER, Runs, aligned, differences, read_runs, seed_folders, spread
 from fedjax_rec.experiment import RunConfig, identity, load_data
 from fedjax_rec.validate import positive
-from fedjax_rec.workdir import claim, write_json
+from fedjax_rec.workdir import UsageError, claim, read_config, write_json
 
 PARTS = ("valid", "test", "test_seen", "test_unseen")
 
@@ -40,17 +41,18 @@ def train_seeds(
         that stopped being finite), and for each of PARTS every metric's mean, std (over seeds, n - 1) and values.
 
     Raises:
-        UsageError: a folder belongs to a run with another configuration.
+        UsageError: the folder is that of a single run, or one in it belongs to a run with another configuration.
     """
     positive("seeds", count)
     folder = Path(workdir)
     data = data or load_data(config)
+    given = _check_beside(config, folder, data)
     failed: dict[str, str] = {}
     status = "done"
     for seed in range(config.seed, config.seed + count):
         one, home = dataclasses.replace(config, seed=seed), folder / SEED_FOLDER.format(seed)
         if (home / "summary.json").exists():
-            claim(home, identity(run.prepare(one, data)))  # or it is another run's
+            claim(home, {**given, "seed": seed})  # or it is another run's
             continue
         try:
             summary = run.train(one, home, data=data, progress=progress)
@@ -63,12 +65,30 @@ def train_seeds(
         if each:
             each(summary, home)
     wanted = {SEED_FOLDER.format(seed) for seed in range(config.seed, config.seed + count)}
-    finished = [home for home in sorted(folder.glob(SEED_FOLDER.format("*"))) if (home / "summary.json").exists()]
+    finished = [home for home in seed_folders(folder) if (home / "summary.json").exists()]
     said = {"status": status, "failed": failed, "seeds": []}
     if any(home.name in wanted for home in finished):
         said |= summarise(read_runs(folder), wanted)
         write_json(folder / "seeds.json", said)
     return said
+
+
+def _check_beside(config: RunConfig, folder: Path, data: tuple) -> dict[str, Any]:
+    """That nothing is in the folder which would be averaged with these seeds; the identity of the runs if any is."""
+    if (folder / "config.json").exists():
+        raise UsageError(
+            f"{folder} holds a single run or a search (config.json); expected a folder of seeds: use another --workdir"
+        )
+    held = [home for home in seed_folders(folder) if (home / "config.json").exists()]
+    given = json.loads(json.dumps(identity(run.prepare(config, data)))) if held else {}
+    for home in held:
+        differing = differences(read_config(home), given, "there", "given")
+        if differing:
+            raise UsageError(
+                f"{home} holds a run with another configuration ({'; '.join(differing)}): use another --workdir, or "
+                "the settings that are there"
+            )
+    return given
 
 
 def summarise(runs: Runs, wanted: set[str]) -> dict[str, Any]:

@@ -82,6 +82,15 @@ def test_another_configuration_is_refused(folder):
         )
 
 
+def test_a_folder_of_other_runs_is_refused_before_any_seed_is_run(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "train", None)
+    with pytest.raises(UsageError, match=r"single holds a single run or a search .*use another --workdir"):
+        seeds.train_seeds(CONFIG, folder / "single", 2, data=data())
+    shutil.copytree(folder / "fcf" / "seed_3", tmp_path / "seed_3")
+    with pytest.raises(UsageError, match=r"seed_3 holds .*method: 'fcf' there, 'fedmf' given"):
+        seeds.train_seeds(dataclasses.replace(CONFIG, seed=7), tmp_path, 2, data=data())  # seed 3 is not asked for
+
+
 def test_a_seed_that_diverges_is_named_and_the_others_are_kept(tmp_path, monkeypatch):
     train = run.train
 
@@ -150,3 +159,54 @@ def test_what_cannot_be_compared_is_refused(folder, tmp_path, capsys):
         compare.compare([folder / "single", tmp_path])
     with pytest.raises(ValueError, match=r"metric='NDCG@7'.*did you mean NDCG@"):
         compare.compare([folder / "single", folder / "fcf"], ["NDCG@7"])
+
+
+def change_config(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def test_runs_of_several_configurations_are_not_averaged(folder, tmp_path, capsys):
+    home = tmp_path / "mixed"
+    shutil.copytree(folder / "fedmf", home)
+    change_config(home / "seed_4", devices=2, block_sizes=[7], max_buckets=3, data_dir="/elsewhere", checkpoint_every=9)
+    assert len(compare.read_runs(home).folders) == 3  # none of these is another experiment
+    settings = json.loads((home / "seed_4" / "config.json").read_text())["settings"]
+    change_config(home / "seed_4", protocol="published", settings=settings | {"lr": 9.0}, eval_clients=7)
+    said = (
+        "eval_clients: 0 seed_3, 7 seed_4; protocol: 'honest' seed_3, 'published' seed_4; settings.lr: 2.0 seed_3, 9.0"
+    )
+    with pytest.raises(UsageError, match="seed_3 and seed_4 are not seeds of one") as refused:
+        compare.read_runs(home)
+    assert said in str(refused.value)
+    beside = tmp_path / "beside"
+    shutil.copytree(folder / "single", beside)
+    shutil.copytree(folder / "fcf" / "seed_3", beside / "seed_3")
+    assert compare.main([str(beside), str(folder / "fcf")]) == 2
+    error = capsys.readouterr().err
+    assert f"{beside} holds a run and beside it seed_3; expected one run or" in error and error.count("\n") == 1
+
+
+def test_seeds_are_judged_on_the_same_clients(tmp_path):
+    """The clients of --eval_clients do not depend on the seed; those of fewer are among those of more."""
+    users = []
+    for seed, count in ((0, 5), (1, 5), (2, 7)):
+        config = dataclasses.replace(CONFIG, seed=seed, eval_clients=count, rounds=1)
+        run.train(config, tmp_path / str(seed), data=data())
+        users.append(set(np.flatnonzero(np.isfinite(np.load(tmp_path / str(seed) / "per_client.npz")["MRR"]))))
+    assert len(users[0]) == 5 and users[0] == users[1] and users[0] < users[2]
+    assert "nan" not in compare.compare([tmp_path / "0", tmp_path / "1", tmp_path / "2"], ["MRR"])
+
+
+def test_runs_judged_on_different_clients_are_refused(folder, tmp_path):
+    for name, chosen in (("some", range(10)), ("others", range(10, 30))):
+        home = tmp_path / name
+        shutil.copytree(folder / "single", home)
+        held = dict(np.load(home / "per_client.npz"))
+        for column in held:
+            if column == "test_rank" or column == "MRR" or "@" in column:
+                held[column][np.setdiff1d(np.arange(30), chosen)] = np.nan
+        np.savez(home / "per_client.npz", **held)
+    assert "nan" not in compare.compare([folder / "single", tmp_path / "some"], ["MRR"])
+    with pytest.raises(UsageError, match=r"others cannot be compared .*no evaluated client in common"):
+        compare.compare([folder / "single", tmp_path / "some", tmp_path / "others"], ["MRR"])
