@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from fedjax_rec import metrics
 from fedjax_rec.privacy import accounting
+from fedjax_rec.workdir import read_json, read_lines
 
 PARTS = ("test", "test_seen", "test_unseen")
 
@@ -29,7 +29,8 @@ def table(summary: Mapping[str, Any]) -> str:
         for r in [head, *rows]
     ]
     test = summary["test"]
-    extra = ", ".join(f"{n} {test[n]:.3f}" for n in test if n.startswith(("Coverage", "PopularityBias", "MRR")))
+    known = [n for n in test if n.startswith(("Coverage", "PopularityBias", "MRR")) and test[n] is not None]
+    extra = ", ".join(f"{n} {test[n]:.3f}" for n in known)
     title = (
         f"{summary['dataset']}, protocol {summary['protocol']}, {summary['ranking']} ranking, "
         f"{test['clients']} clients, seed {summary['seed']}"
@@ -40,7 +41,7 @@ def table(summary: Mapping[str, Any]) -> str:
 
 
 def _row(name: str, said: Mapping[str, Any], chosen: list[str]) -> list[str]:
-    show = lambda value: f"{value:.4f}" if np.isfinite(value) else "-"
+    show = lambda value: f"{value:.4f}" if value is not None and np.isfinite(value) else "-"  # JSON has no NaN
     cells = [show(said["test"][n]) for n in chosen]
     return [name, *cells, show(said["test_seen"][chosen[0]]), show(said["test_unseen"][chosen[0]])]
 
@@ -60,8 +61,8 @@ def plots(workdir: str | os.PathLike) -> list[Path]:
         print("no plots: matplotlib is missing (pip install 'fedjax_rec[plots]')")
         return []
     workdir = Path(workdir)
-    summary = json.loads((workdir / "summary.json").read_text())
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    summary = read_json(workdir / "summary.json")
+    lines = read_lines(workdir / "metrics.jsonl")
     clients = np.load(workdir / "per_client.npz")
     folder = workdir / "plots"
     folder.mkdir(exist_ok=True)

@@ -31,7 +31,7 @@ from fedjax_rec.privacy import accounting
 from fedjax_rec.protocols import Protocol
 from fedjax_rec.results import Best, per_client_table, reference_results, results_of, summarise
 from fedjax_rec.rounds import State
-from fedjax_rec.workdir import MetricsLog, UsageError, claim, read_config, write_json, write_npz
+from fedjax_rec.workdir import MetricsLog, UsageError, claim, read_config, read_json, write_json, write_npz
 
 __all__ = [
     "STOPPED",
@@ -91,7 +91,8 @@ def train_state(
     progress: bool = False,
     references: bool = True,
 ) -> tuple[dict[str, Any], Experiment, State]:
-    """Runs `config`; its summary is also written to the workdir, if there is one.
+    """Runs `config`; its summary is also written to the workdir, if there is one. Of a run that is finished there the
+    summary is read, not made anew.
 
     Args:
         config: what to run.
@@ -120,13 +121,19 @@ def train_state(
         held = Checkpoints(folder / "checkpoints")
         if held.latest is not None:
             done, state, best = _restore(held, ready, state)
+        if _finished(config, best, done) and (folder / "summary.json").exists():
+            held.close()
+            if not (folder / "per_client.npz").exists():
+                write_npz(folder / "per_client.npz", per_client_table(ready, best))
+            # not made anew: what it says of times, memory, versions and device is the run's, not this process's
+            return read_json(folder / "summary.json"), ready, state
     log = MetricsLog(folder, done) if folder is not None else _MemoryLog()
     timing = {"compile": None}
     bar = tqdm(total=config.rounds, initial=done, unit="round", disable=not progress, dynamic_ncols=True)
     saved = done
     with StopSignal() as stop:
         try:
-            while done < config.rounds and not _patience_over(config, best, done):
+            while not _finished(config, best, done):
                 line, state, best = _one_round(ready, state, best, done, timing)
                 done += 1
                 log.append(line)
@@ -136,7 +143,7 @@ def train_state(
                 if held is not None and config.checkpoint_every and done % config.checkpoint_every == 0:
                     _save(held, done, state, best)
                     saved = done
-            finished = done >= config.rounds or _patience_over(config, best, done)
+            finished = _finished(config, best, done)
             if held is not None and saved != done:
                 _save(held, done, state, best)
         finally:
@@ -215,6 +222,10 @@ class _MemoryLog:
 
     def close(self) -> None:
         pass
+
+
+def _finished(config: RunConfig, best: Best | None, done: int) -> bool:
+    return done >= config.rounds or _patience_over(config, best, done)
 
 
 def _patience_over(config: RunConfig, best: Best | None, done: int) -> bool:

@@ -93,11 +93,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist: expected the workdir of a run; train one first") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What write_json wrote.
+
+    Raises:
+        UsageError: if it is damaged.
+    """
+    try:
+        held = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UsageError(f"{path} line {error.lineno}: not JSON ({error.msg}); restore or remove it") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text (byte {error.start}); restore or remove it") from None
+    if not isinstance(held, dict):
+        raise UsageError(f"{path}: holds no JSON object, expected one like {{...}}; restore or remove it")
+    return held
 
 
 class MetricsLog:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedjax_rec import experiment, metrics, run
+from fedjax_rec import experiment, metrics, report, run
 from fedjax_rec.checkpoint import Checkpoints
 from fedjax_rec.data import clients, splits, synthetic
 from fedjax_rec.evaluate import Ranks
@@ -24,7 +24,7 @@ from fedjax_rec.methods import METHODS
 from fedjax_rec.protocols import HONEST, PUBLISHED
 from fedjax_rec.rounds import make_engine
 from fedjax_rec.run import RunConfig
-from fedjax_rec.workdir import UsageError
+from fedjax_rec.workdir import UsageError, strict
 
 ROOT = Path(__file__).resolve().parents[1]
 USERS, ITEMS = 30, 70
@@ -204,11 +204,27 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path, monkeypa
 
 @pytest.mark.usefixtures("no_references")
 def test_a_finished_run_started_again_only_repeats_its_results(tmp_path):
+    """Times, memory, versions and device stay those of the run, as the file has them."""
     first = run.train(config(), tmp_path)
-    before = results(tmp_path)
+    (tmp_path / "per_client.npz").rename(tmp_path / "table.npz")
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.json*")}
     again = run.train(config(), tmp_path)
-    assert json.dumps(untimed(first)) == json.dumps(untimed(again))
-    assert results(tmp_path)[:2] == before[:2]
+    assert again["seconds"]["compile"] > 0
+    assert json.dumps(strict(first)) == json.dumps(again)
+    assert {path: path.read_bytes() for path in before} == before
+    table, made = np.load(tmp_path / "table.npz"), np.load(tmp_path / "per_client.npz")
+    for name in table:  # what is missing is made
+        np.testing.assert_array_equal(table[name], made[name])
+    (tmp_path / "summary.json").unlink()
+    assert json.dumps(untimed(run.train(config(), tmp_path))) == json.dumps(untimed(first))
+
+
+@pytest.mark.usefixtures("no_references")
+def test_a_saved_summary_is_shown_as_the_first_was(tmp_path):
+    """Where there is no unseen target, the file has null for its means."""
+    kept = run.train(config(rounds=2), tmp_path)
+    kept["test_unseen"] = dict.fromkeys(kept["test_unseen"], float("nan"))
+    assert report.table(strict(kept)) == report.table(kept)
 
 
 @pytest.mark.usefixtures("no_references")
@@ -307,7 +323,7 @@ def test_patience_stops_after_so_many_rounds_without_improvement(tmp_path):
     assert (summary["status"], summary["best_round"], summary["rounds"]) == ("done", 2, 6)
     assert rounds_logged(tmp_path) == [1, 2, 3, 4, 5, 6]
     again = run.train(stuck, tmp_path)  # it has had its patience
-    assert json.dumps(untimed(again)) == json.dumps(untimed(summary))
+    assert json.dumps(again) == json.dumps(strict(summary))
 
 
 # ---- selection -----------------------------------------------------------------------------------------------

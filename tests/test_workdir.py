@@ -79,6 +79,13 @@ def test_a_broken_config_names_file_and_line(tmp_path, text):
         claim(tmp_path, CONFIG)
 
 
+@pytest.mark.parametrize("held", [b"null", b"[1]", b'{"method": "\xff"}'], ids=repr)
+def test_a_config_of_another_kind_is_named(tmp_path, held):
+    (tmp_path / "config.json").write_bytes(held)
+    with pytest.raises(UsageError, match=r"config\.json: .*restore or remove it"):
+        claim(tmp_path, CONFIG)
+
+
 def test_a_file_in_the_place_of_the_folder_is_bad_usage(tmp_path):
     path = tmp_path / "taken"
     path.write_text("")
