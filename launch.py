@@ -1,7 +1,8 @@
 """Launches a run from flags or a flagfile: data in, workdir out. `python launch.py --help` lists the flags.
 
-Exit codes: 0 done, 2 bad usage or bad input (one line on standard error), 75 stopped early by a signal with a
-checkpoint saved (start the same command again to go on).
+Exit codes: 0 done, 1 stopped early by a signal without a workdir (nothing was saved), 2 bad usage or bad input (one
+line on standard error), 3 the loss or scores are no longer finite, 75 stopped early by a signal with a checkpoint saved
+(start the same command again to go on).
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from pathlib import Path
 
 import jax
 from absl import app, flags
 
-EXIT_USAGE, EXIT_DIVERGED, EXIT_AGAIN = 2, 3, 75
+EXIT_LOST, EXIT_USAGE, EXIT_DIVERGED, EXIT_AGAIN = 1, 2, 3, 75
 FLAGS = flags.FLAGS
 
 flags.DEFINE_enum("mode", "train", ["train", "evaluate", "benchmark", "search"], "What to do.")
@@ -186,7 +188,11 @@ def train() -> int:
     print(run.introduction(run.prepare(config, data)), flush=True)
     summary = run.train(config, FLAGS.workdir or None, data=data, progress=FLAGS.progress)
     if summary["status"] == run.STOPPED:
-        return again(f"{run.STOPPED} after round {summary['rounds']}")
+        said = f"{run.STOPPED} after round {summary['rounds']}"
+        if FLAGS.workdir:
+            return again(said)
+        print(f"launch.py: {said}: nothing was saved; give --workdir to go on", file=sys.stderr)
+        return EXIT_LOST
     print(report.table(summary))
     if FLAGS.workdir and FLAGS.plots:
         report.plots(FLAGS.workdir)
@@ -208,24 +214,32 @@ def main(argv: list[str]) -> int:
         return search()
     if FLAGS.mode == "evaluate":
         from fedjax_rec import report, run
+        from fedjax_rec.workdir import write_json
 
         home = workdir()
         # what is not given on the command line is as in the run
         given = {name: FLAGS[name].value for name in ("ranking", "eval_clients", "ndcg") if FLAGS[name].present}
         if FLAGS["k"].present:
             given["ks"] = cut_offs()
-        print(report.table(run.evaluate(home, **given)))
+        said = run.judge(home, **given)
+        print(report.table(said), flush=True)
+        write_json(Path(home) / "evaluation.json", said)  # after the table, which a folder that is read-only still gets
         return 0
     return train()
 
 
 def checked_main(argv: list[str]) -> int:
-    """main, with bad usage and bad input as one line on standard error."""
+    """main, with bad usage, bad input and what the system refuses as one line on standard error."""
     try:
         return main(argv)
     except (ValueError, FloatingPointError) as error:
         print(f"launch.py: {error}", file=sys.stderr)
         return EXIT_DIVERGED if isinstance(error, FloatingPointError) else EXIT_USAGE
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        said = f"{where}{error.strerror or error}; check the path, its permissions and the space left"
+        print(f"launch.py: {' '.join(said.split())}", file=sys.stderr)
+        return EXIT_USAGE
 
 
 def command_line() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -100,6 +101,16 @@ class RunConfig:
         one_of("protocol", self.protocol, ("honest", "published"))
         one_of("ranking", self.ranking, ("full", "sampled_99"))
         one_of("ndcg", self.ndcg, metrics.NDCGS)
+        if isinstance(self.ks, int | str) or not len(self.ks):
+            raise ValueError(f"ks={self.ks!r}: expected one cut-off or more, like (10, 50); --k=10,50")
+        for name in ("rounds", "seed", "split_seed", "eval_every", "eval_clients", "patience", "checkpoint_every"):
+            _number(name, getattr(self, name), numbers.Integral, "a whole number")
+        for name in ("block_size", "max_buckets", "devices"):
+            _number(name, getattr(self, name), numbers.Integral, "a whole number")
+        for k in self.ks:
+            _number("ks", k, numbers.Integral, "whole numbers")
+        for name in ("clients_per_round", "dp_clip", "dp_noise", "dp_delta"):
+            _number(name, getattr(self, name), numbers.Real, "a finite number")
         for name in ("rounds", "eval_every", "max_buckets"):
             positive(name, getattr(self, name))
         for name in ("clients_per_round", "eval_clients", "patience", "checkpoint_every", "block_size", "devices"):
@@ -145,6 +156,11 @@ class RunConfig:
         default |= {"features": {}, "ndcg": "correct"}
         said = dataclasses.asdict(self)
         return {name: value for name, value in said.items() if name not in default or value != default[name]}
+
+
+def _number(name: str, value: Any, kind: type, expected: str) -> None:
+    if not isinstance(value, kind) or not np.isfinite(value):
+        raise ValueError(f"{name}={value!r}: expected {expected}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

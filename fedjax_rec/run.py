@@ -41,6 +41,7 @@ __all__ = [
     "cohort_size",
     "evaluate",
     "introduction",
+    "judge",
     "load_data",
     "prepare",
     "train",
@@ -162,7 +163,14 @@ def train_state(
 
 
 def evaluate(workdir: str | os.PathLike, **changes: Any) -> dict[str, Any]:
-    """Evaluates the newest checkpoint of a workdir; writes and returns evaluation.json.
+    """`judge`, written to evaluation.json."""
+    said = judge(workdir, **changes)
+    write_json(Path(workdir) / "evaluation.json", said)
+    return said
+
+
+def judge(workdir: str | os.PathLike, **changes: Any) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of a workdir.
 
     Args:
         workdir: of a trained run.
@@ -173,6 +181,7 @@ def evaluate(workdir: str | os.PathLike, **changes: Any) -> dict[str, Any]:
     """
     folder = Path(workdir)
     config = config_of(folder)
+    dataclasses.replace(config, **changes, select_metric="MRR")  # refuses what is impossible
     known = metrics.per_client(np.ones((1, 1)), changes.get("ks", config.ks), changes.get("ndcg", config.ndcg))
     if "select_metric" not in changes and not set(config.select_metric.split("+")) <= set(known):
         changes["select_metric"] = "MRR"
@@ -180,15 +189,13 @@ def evaluate(workdir: str | os.PathLike, **changes: Any) -> dict[str, Any]:
     done, state = restore(folder, ready)
     ranks = ready.evaluator.ranks(ready.key, state, done, ready.eval_cohort)
     _check_finite(ranks, done)
-    said = {
+    return {
         **{k: getattr(ready.config, k) for k in ("method", "dataset", "split", "protocol", "ranking", "seed")},
         "leaks": list(ready.protocol.leaks),
         "round": done,
         **results_of(ready, ranks),
         "reference_rankers": reference_results(ready, done),
     }
-    write_json(folder / "evaluation.json", said)
-    return said
 
 
 def config_of(workdir: Path) -> RunConfig:

@@ -90,6 +90,8 @@ BAD = {
     "filter of another type": (["--filter=min_user=few"], "--filter=min_user=few: expected a whole number"),
     "number": (["--rounds=many"], "rounds"),
     "no rounds": (["--rounds=0"], "rounds=0"),
+    "no cut-off": (["--k="], "ks=(): expected one cut-off or more"),
+    "endless cohort": (["--clients_per_round=inf"], "clients_per_round=inf: expected a finite number"),
     "cut-off": (["--k=ten"], "--k=ten: expected whole numbers"),
     "too many clients": (["--clients_per_round=9999", *TINY], "600 users"),
     "missing data folder": (["--dataset=ku", "--data_dir=nowhere"], "nowhere"),
@@ -128,6 +130,19 @@ def test_a_file_as_workdir_is_bad_usage(typed, tmp_path):
     path.write_text("")
     code, _, error = typed(*TINY, "--rounds=1", "--devices=1", f"--workdir={path}")
     assert code == 2 and error.count("\n") == 1 and str(path) in error
+
+
+@pytest.mark.parametrize("taken", ["config.json.part", "metrics.jsonl", "checkpoints"])
+def test_what_the_system_refuses_is_one_line(typed, folder, tmp_path, taken):
+    """A folder where a file is expected, and a file in the place of the checkpoints."""
+    path = tmp_path / "run" / taken
+    path.parent.mkdir()
+    path.write_text("") if taken == "checkpoints" else path.mkdir()
+    code, _, error = typed(
+        f"--dataset={folder / 'tiny.csv'}", *TINY, "--rounds=1", "--devices=1", f"--workdir={path.parent}"
+    )
+    assert code == 2 and error.count("\n") == 1
+    assert error.startswith("launch.py: ") and taken in error
 
 
 def test_help_is_no_error(typed):
@@ -256,6 +271,28 @@ def test_evaluation_takes_from_the_run_what_the_command_line_does_not_give(stopp
 
 
 QUICK = ("--rounds=4", "--eval_every=2", "--k=5,10", "--devices=1")
+
+
+def test_a_workdir_that_cannot_be_written_still_shows_its_evaluation(typed, folder, tmp_path):
+    command = (f"--dataset={folder / 'tiny.csv'}", *TINY, *QUICK, f"--workdir={tmp_path}")
+    assert typed(*command)[0] == 0
+    (tmp_path / "evaluation.json.part").mkdir()
+    code, output, error = typed("--mode=evaluate")
+    assert code == 2 and error.count("\n") == 1 and "evaluation.json.part: Is a directory" in error
+    assert "popularity" in output
+
+
+def test_a_stopped_run_without_a_workdir_does_not_promise_to_go_on(typed, folder, monkeypatch):
+    from fedjax_rec import run
+
+    class Stop:
+        received = True
+        __enter__ = __exit__ = lambda self, *exc: self
+
+    monkeypatch.setattr(run, "StopSignal", Stop)
+    code, _, error = typed(f"--dataset={folder / 'tiny.csv'}", *TINY, *QUICK)
+    assert code == 1
+    assert error == "launch.py: stopped early by a signal after round 1: nothing was saved; give --workdir to go on\n"
 
 
 def test_seeds_are_run_once_and_summed_up(typed, folder, tmp_path):

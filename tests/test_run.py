@@ -549,6 +549,12 @@ def test_evaluating_otherwise_changes_only_what_was_asked(finished):
     assert run.evaluate(finished, eval_clients=5)["test"]["clients"] == 5
 
 
+@pytest.mark.parametrize("ks", [(), (0,)], ids=str)
+def test_impossible_cut_offs_are_refused_before_anything_is_judged(finished, ks):
+    with pytest.raises(ValueError, match="ks="):
+        run.evaluate(finished, ks=ks)
+
+
 def test_evaluating_nothing_says_so(tmp_path):
     with pytest.raises(UsageError, match=r"config\.json does not exist"):
         run.evaluate(tmp_path)
@@ -621,12 +627,33 @@ def test_tables_that_do_not_fit_are_answered_with_a_width_that_does(monkeypatch)
         ({"seed": -1}, "seed=-1"),
         ({"ks": (0,)}, "ks=0"),
         ({"patience": -1}, "patience=-1"),
+        ({"ks": ()}, r"ks=\(\): expected one cut-off or more"),
+        ({"clients_per_round": float("inf")}, "clients_per_round=inf: expected a finite number"),
+        ({"dp_noise": float("nan")}, "dp_noise=nan"),
     ],
     ids=str,
 )
 def test_impossible_configurations_are_refused_by_name(change, said):
     with pytest.raises(ValueError, match=said):
         RunConfig(**change)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("rounds", "50", "rounds='50': expected a whole number"),
+        ("rounds", 2.5, r"rounds=2\.5: expected a whole number"),
+        ("seed", None, "seed=None: expected a whole number"),
+        ("ks", 10, "ks=10: expected one cut-off or more"),
+        ("ks", (5, 2.5), r"ks=2\.5: expected whole numbers"),
+        ("clients_per_round", "7", "clients_per_round='7': expected a finite number"),
+    ],
+)
+def test_values_of_another_type_are_refused_by_name(name, value, said):
+    wrong = RunConfig()
+    object.__setattr__(wrong, name, value)  # the type checker of the tests refuses them earlier
+    with pytest.raises(ValueError, match=said):
+        wrong.__post_init__()
 
 
 def test_devices_that_are_not_there_are_refused():

@@ -227,6 +227,8 @@ def _read_record(data_dir: Path) -> dict[str, Any]:
         return {}
     try:
         return json.loads(path.read_text())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); restore or remove it") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{path} line {error.lineno}: not JSON ({error.msg}); restore or remove it") from None
 
@@ -253,6 +255,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = _read_record(Path(given.data_dir)).get(given.name)
     except DataError as error:
         print(f"fetch: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"fetch: {where}{error.strerror or error}; check --data_dir and the space left there", file=sys.stderr)
         return 2
     print(f"{folder}: there")
     if said and said["checked_against"]:

@@ -301,6 +301,14 @@ def test_unknown_and_unpublished_names(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_in_the_place_of_the_data_folder_is_one_line(tmp_path, capsys):
+    path = tmp_path / "taken"
+    path.write_text("")
+    assert main(["ml-100k", f"--data_dir={path}", "--accept_licence"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fetch: ") and "taken" in error and error.count("\n") == 1
+
+
 def test_a_broken_record_is_named(publish, tmp_path):
     publish()
     (tmp_path / "FETCHED.json").write_text("{")
