@@ -100,6 +100,21 @@ def features_from_flags() -> dict[str, str]:
     return given
 
 
+def grid_from_flags() -> dict[str, str]:
+    """--grid=key=v1,v2, each setting once."""
+    given = assignments(FLAGS.grid, "grid")
+    if len(given) < len(FLAGS.grid):
+        raise ValueError(f"--grid {' --grid '.join(FLAGS.grid)}: expected each setting once, with all of its values")
+    return given
+
+
+def check_mode() -> None:
+    """That no flag of another mode was given: it would do nothing."""
+    for name, mode in {"grid": "search", "trials": "search", "seeds": "train"}.items():
+        if FLAGS[name].present and FLAGS[name].value and FLAGS.mode != mode:
+            raise ValueError(f"--{name} does nothing in --mode={FLAGS.mode}; give --mode={mode}, or leave it out")
+
+
 def number(name: str, text: str, kind: type, expected: str) -> float:
     try:
         return kind(text)
@@ -171,7 +186,7 @@ def search() -> int:
 
     home = workdir()
     config = config_from_flags()
-    lines, status = searching.search(config, assignments(FLAGS.grid, "grid"), home, trials=FLAGS.trials)
+    lines, status = searching.search(config, grid_from_flags(), home, trials=FLAGS.trials)
     if status == run.STOPPED:
         return again(f"{run.STOPPED} after trial {len(lines)}")
     print(searching.table(config, lines))
@@ -202,6 +217,7 @@ def train() -> int:
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise ValueError(f"{argv[1]!r}: expected flags only, like --{argv[1].lstrip('-')}")
+    check_mode()
     use_cores()
     if FLAGS.compile_cache:
         jax.config.update("jax_compilation_cache_dir", FLAGS.compile_cache)
@@ -218,9 +234,12 @@ def main(argv: list[str]) -> int:
 
         home = workdir()
         # what is not given on the command line is as in the run
-        given = {name: FLAGS[name].value for name in ("ranking", "eval_clients", "ndcg") if FLAGS[name].present}
+        names = ("ranking", "eval_clients", "ndcg", "data_dir")
+        given = {name: FLAGS[name].value for name in names if FLAGS[name].present}
         if FLAGS["k"].present:
             given["ks"] = cut_offs()
+        if FLAGS.features:
+            given["features"] = features_from_flags()
         said = run.judge(home, **given)
         print(report.table(said), flush=True)
         write_json(Path(home) / "evaluation.json", said)  # after the table, which a folder that is read-only still gets

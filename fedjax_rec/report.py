@@ -35,9 +35,12 @@ def table(summary: Mapping[str, Any]) -> str:
         f"{summary['dataset']}, protocol {summary['protocol']}, {summary['ranking']} ranking, "
         f"{test['clients']} clients, seed {summary['seed']}"
     )
+    selected, judged = summary.get("selected_round"), summary.get("judged_round")
+    other = [f"Judged is round {judged}, the last one kept; selected on validation was round {selected}."]
+    notes = other if selected is not None and selected != judged else []
     leaks = [f"LEAK: {leak}" for leak in summary["leaks"]]
     privacy = accounting.describe(summary["privacy"]) if "privacy" in summary else []
-    return "\n".join(["", title, lines[0], "-" * len(lines[0]), *lines[1:], extra, *leaks, *privacy])
+    return "\n".join(["", title, lines[0], "-" * len(lines[0]), *lines[1:], extra, *notes, *leaks, *privacy])
 
 
 def _row(name: str, said: Mapping[str, Any], chosen: list[str]) -> list[str]:

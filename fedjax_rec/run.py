@@ -22,6 +22,7 @@ from fedjax_rec.experiment import (
     RunConfig,
     check_memory,
     cohort_size,
+    features_hash,
     identity,
     introduction,
     load_data,
@@ -170,32 +171,64 @@ def evaluate(workdir: str | os.PathLike, **changes: Any) -> dict[str, Any]:
 
 
 def judge(workdir: str | os.PathLike, **changes: Any) -> dict[str, Any]:
-    """Evaluates the newest checkpoint of a workdir.
+    """Judges the selected round of a workdir by the ranks that its newest checkpoint keeps. The model of that round is
+    not kept: where other ranks are asked for (`ranking`, `eval_clients`), the checkpoint's own round is judged instead.
 
     Args:
         workdir: of a trained run.
-        changes: replacements for evaluation settings of its configuration: ranking, eval_clients, ks, ndcg.
+        changes: replacements for evaluation settings of its configuration: ranking, eval_clients, ks, ndcg; and for
+            data_dir and features (files by modality), where its data have moved.
+
+    Returns:
+        what evaluation.json holds; `selected_round` and `judged_round` (also as `round`) may differ.
 
     Raises:
-        UsageError: if there is no run or no checkpoint there.
+        UsageError: if there is no run or no checkpoint there, or the data are not those of the run.
     """
     folder = Path(workdir)
     config = config_of(folder)
-    dataclasses.replace(config, **changes, select_metric="MRR")  # refuses what is impossible
+    dataclasses.replace(config, **{**changes, "select_metric": "MRR"})  # refuses what is impossible
     known = metrics.per_client(np.ones((1, 1)), changes.get("ks", config.ks), changes.get("ndcg", config.ndcg))
     if "select_metric" not in changes and not set(config.select_metric.split("+")) <= set(known):
         changes["select_metric"] = "MRR"
     ready = prepare(dataclasses.replace(config, **changes))
-    done, state = restore(folder, ready)
-    ranks = ready.evaluator.ranks(ready.key, state, done, ready.eval_cohort)
-    _check_finite(ranks, done)
+    _check_same_data(folder, ready)
+    done, state, best = _newest(folder, ready)
+    same = all(getattr(config, name) == getattr(ready.config, name) for name in ("ranking", "eval_clients", "protocol"))
+    if same and best is not None:
+        judged, ranks = best.round, best.ranks
+    else:
+        judged, ranks = done, ready.evaluator.ranks(ready.key, state, done, ready.eval_cohort)
+        _check_finite(ranks, done)
     return {
         **{k: getattr(ready.config, k) for k in ("method", "dataset", "split", "protocol", "ranking", "seed")},
         "leaks": list(ready.protocol.leaks),
-        "round": done,
+        "round": judged,
+        "selected_round": best.round if best else None,
+        "judged_round": judged,
         **results_of(ready, ranks),
-        "reference_rankers": reference_results(ready, done),
+        "reference_rankers": reference_results(ready, judged),
     }
+
+
+def _check_same_data(folder: Path, ready: Experiment) -> None:
+    """That features and, if the run is finished, users and test items are those of the run."""
+    told = read_config(folder).get("features_hash", {})
+    if told != features_hash(ready.config, ready.features):
+        names = ", ".join(ready.config.features)
+        raise UsageError(f"{folder}: the --features named {names} are not those of the run; give the files it had")
+    path = folder / "per_client.npz"
+    if not path.exists():
+        return
+    with np.load(path) as held:
+        users, tests = held["user_id"], held["test_item"]
+    interactions, test = ready.interactions, ready.split.test
+    same = np.array_equal(users, interactions.user_ids.astype(str))
+    if not (same and np.array_equal(tests[tests != ""], interactions.item_ids.astype(str)[test.item])):
+        raise UsageError(
+            f"{folder}: the users or test items of '{ready.config.dataset}' are not those of the run; give the "
+            "--data_dir that it had"
+        )
 
 
 def config_of(workdir: Path) -> RunConfig:
@@ -208,14 +241,17 @@ def config_of(workdir: Path) -> RunConfig:
 def restore(workdir: Path, ready: Experiment, like: State | None = None) -> tuple[int, State]:
     """(rounds done, state) of the newest checkpoint of a workdir, in the shapes and places of `like` (default: those
     of a fresh state); UsageError if there is none."""
+    return _newest(workdir, ready, like)[:2]
+
+
+def _newest(workdir: Path, ready: Experiment, like: State | None = None) -> tuple[int, State, Best | None]:
     folder = workdir / "checkpoints"
     if not folder.is_dir():  # opening it would make it
         raise UsageError(f"{workdir}: holds no checkpoint; train first")
     with Checkpoints(folder) as checkpoints:
         if checkpoints.latest is None:
             raise UsageError(f"{workdir}: holds no checkpoint; train first")
-        done, state, _ = _restore(checkpoints, ready, like or ready.engine.init(ready.key))
-    return done, state
+        return _restore(checkpoints, ready, like or ready.engine.init(ready.key))
 
 
 class _MemoryLog:

@@ -530,13 +530,47 @@ def test_counts_describe_the_data(finished):
 # ---- evaluating a checkpoint ---------------------------------------------------------------------------------
 
 
-def test_evaluating_the_checkpoint_reproduces_its_round(finished):
-    last = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
-    said = run.evaluate(finished)
-    for part in ("valid", "test"):
+@pytest.fixture(scope="module")
+def selected_before(tmp_path_factory) -> Path:
+    """A run of four rounds that selected its second: nothing moves, so the first of equals is taken."""
+    folder = tmp_path_factory.mktemp("selected")
+    run.train(config(rounds=4, settings=STUCK), folder, data=data())
+    return folder
+
+
+def test_evaluating_again_speaks_of_the_selected_round(selected_before):
+    """Also with other cut-offs, and with the ranks that training kept, which need no model."""
+    summary = summary_of(selected_before)
+    said = run.evaluate(selected_before)
+    assert (said["selected_round"], said["judged_round"], said["round"]) == (summary["best_round"],) * 3 == (2, 2, 2)
+    for part in ("valid", "test", "test_seen", "test_unseen", "reference_rankers"):
+        assert strict(said[part]) == summary[part]
+    assert json.loads((selected_before / "evaluation.json").read_text()) == strict(said)
+    more = run.evaluate(selected_before, ks=(1, 10), ndcg="released")
+    assert more["judged_round"] == 2 and more["test"]["NDCG@10"] == said["test"]["NDCG@10"]
+    assert {"HR@1", "NDCG_released@10"} <= more["test"].keys()
+    assert "selected on validation" not in report.table(more)
+
+
+def test_evaluating_by_other_ranks_judges_the_last_round_and_says_so(selected_before):
+    last = json.loads((selected_before / "metrics.jsonl").read_text().splitlines()[-1])
+    for change in ({"ranking": "sampled_99"}, {"eval_clients": 5}, {"eval_clients": USERS}):
+        said = run.evaluate(selected_before, **change)
+        assert (said["selected_round"], said["judged_round"], said["round"]) == (2, 4, 4)
+        assert "Judged is round 4, the last one kept; selected on validation was round 2." in report.table(said)
+    for part in ("valid", "test"):  # of everybody
         assert {name: said[part][name] for name in last[part]} == last[part]
-    assert said["round"] == last["round"] == 4
-    assert json.loads((finished / "evaluation.json").read_text())["valid"] == said["valid"]
+
+
+@pytest.mark.usefixtures("no_references")
+def test_evaluating_on_other_data_is_refused(tmp_path, monkeypatch):
+    run.train(config(rounds=1), tmp_path, data=data())
+    renamed = dataclasses.replace(data()[0], user_ids=data()[0].user_ids[::-1])
+    whole = run.prepare
+    other = lambda config, given=None: dataclasses.replace(whole(config), interactions=renamed)
+    monkeypatch.setattr(run, "prepare", other)
+    with pytest.raises(UsageError, match="users or test items of 'synthetic' are not those of the run"):
+        run.evaluate(tmp_path)
 
 
 @pytest.mark.usefixtures("no_references")
