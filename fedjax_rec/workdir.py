@@ -119,9 +119,20 @@ class MetricsLog:
     """metrics.jsonl: one line a round, in order. What timing a round had stands under its key `seconds`."""
 
     def __init__(self, folder: Path, rounds_done: int):
-        """Keeps the lines of the first `rounds_done` rounds and drops what a killed run wrote beyond them."""
+        """Keeps the lines of the first `rounds_done` rounds and drops what a killed run wrote beyond them.
+
+        Raises:
+            UsageError: if these lines are not there; the file stays as it is.
+        """
         self.path = folder / "metrics.jsonl"
-        self.lines = [line for line in read_lines(self.path) if line["round"] <= rounds_done]
+        self.lines = read_lines(self.path)[:rounds_done]
+        for round_ in range(1, rounds_done + 1):
+            found = self.lines[round_ - 1].get("round") if round_ <= len(self.lines) else "the end"
+            if found != round_:
+                raise UsageError(
+                    f"{self.path} line {round_}: expected round {round_} of the {rounds_done} that the checkpoint has, "
+                    f"found {found!r}; restore the file, or use another --workdir"
+                )
         write_lines(self.path, self.lines)
         self._file = self.path.open("a")
 
@@ -140,12 +151,21 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines up to the first that a kill left incomplete; none where there is no file."""
+    """JSON lines, without a last one that a kill left incomplete; none where there is no file.
+
+    Raises:
+        UsageError: if any other line is damaged.
+    """
     lines: list[dict[str, Any]] = []
-    if path.exists():
-        for text in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
+    texts = path.read_bytes().splitlines() if path.exists() else []
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text.decode())
+        except ValueError:  # no JSON, or no UTF-8
+            if number == len(texts):
                 break
+            line = None
+        if not isinstance(line, dict):
+            raise UsageError(f"{path} line {number}: not a JSON object; restore or remove it")
+        lines.append(line)
     return lines

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -15,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from fedjax_rec.checkpoint import KEEP, Checkpoints
 from fedjax_rec.rounds import clients_mesh
+from fedjax_rec.workdir import UsageError
 
 
 @struct.dataclass
@@ -138,6 +141,32 @@ def test_an_unfinished_checkpoint_is_ignored(saved, tmp_path, content):
         held.save(3, {"x": jnp.full(3, 3.0)}, {"done": 3})  # and its name is free again
     with Checkpoints(folder) as held:
         assert held.latest == 3 and held.notes() == {"done": 3}
+
+
+def halve(path):
+    for file in filter(Path.is_file, path.rglob("*")):
+        os.truncate(file, file.stat().st_size // 2)
+
+
+DAMAGE = {  # not of the arrays alone: Orbax then leaves tasks behind, of which pytest makes failures
+    "halved": halve,
+    "without state": lambda path: shutil.rmtree(path / "state"),
+    "empty": lambda path: [shutil.rmtree(path), path.mkdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_good(saved, tmp_path, damage):
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder)
+    DAMAGE[damage](folder / "2")
+    said = r"run/2 cannot be read \(.*\); remove it to go on from round 1$"
+    with Checkpoints(folder) as held, pytest.raises(UsageError, match=said):
+        held.notes()
+        held.load({"x": jnp.zeros(3)})
+    shutil.rmtree(folder / "2")
+    with Checkpoints(folder) as held:
+        assert held.load({"x": jnp.zeros(3)})[0] == 1
 
 
 def test_other_files_in_the_folder_do_not_disturb(saved, tmp_path):

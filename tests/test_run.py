@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,6 +191,29 @@ def test_rounds_after_the_last_checkpoint_are_run_again(tmp_path, monkeypatch, c
     os.truncate(path, path.stat().st_size - cut)
     run.train(config(), tmp_path / "parts")
     assert_same_results(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.usefixtures("no_references")
+def test_a_damaged_log_or_checkpoint_stops_a_resumed_run_and_nothing_is_lost(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        crash_at(patch, 5)
+        run.train(config(), tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    good = path.read_text()
+    path.write_text(good.replace('{"round": 3,', '{"round: 3,'))
+    spoiled = path.read_text()
+    with pytest.raises(UsageError, match=r"metrics\.jsonl line 3: not a JSON object"):
+        run.train(config(), tmp_path)
+    assert path.read_text() == spoiled
+    path.write_text(good)
+    newest = tmp_path / "checkpoints" / "4"
+    shutil.rmtree(newest / "state")
+    for call in (lambda: run.train(config(), tmp_path), lambda: run.evaluate(tmp_path)):
+        with pytest.raises(UsageError, match=r"checkpoints/4 cannot be read \(.*\); remove it to go on from round 2"):
+            call()
+    shutil.rmtree(newest)
+    assert run.train(config(), tmp_path)["status"] == "done"
+    assert rounds_logged(tmp_path) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.usefixtures("no_references")

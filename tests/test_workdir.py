@@ -8,7 +8,16 @@ import os
 import numpy as np
 import pytest
 
-from fedjax_rec.workdir import MetricsLog, UsageError, claim, read_config, write_json, write_npz
+from fedjax_rec.workdir import (
+    MetricsLog,
+    UsageError,
+    claim,
+    read_config,
+    read_lines,
+    write_json,
+    write_lines,
+    write_npz,
+)
 
 CONFIG = {"method": "fedmf", "settings": {"dim": 4, "lr": 0.1}, "ks": (10, 50), "data_dir": None, "rounds": 3}
 
@@ -124,9 +133,37 @@ def test_a_line_that_a_kill_cut_in_half_is_dropped(tmp_path, cut):
     write_rounds(tmp_path, 3)
     path = tmp_path / "metrics.jsonl"
     os.truncate(path, path.stat().st_size - cut)
-    MetricsLog(tmp_path, 3).close()
-    assert rounds_of(tmp_path) == ([1, 2, 3] if cut == 1 else [1, 2])
+    kept = [1, 2, 3] if cut == 1 else [1, 2]
+    MetricsLog(tmp_path, len(kept)).close()
+    assert rounds_of(tmp_path) == kept
     assert path.read_text().endswith("\n")
+
+
+@pytest.mark.parametrize(
+    "spoiled", [b'{"round": 3, "lo', b"null", b'{"round": 3, "loss": "\xff"}', b"", b"[3]"], ids=repr
+)
+def test_a_damaged_line_is_named_and_nothing_is_rewritten(tmp_path, spoiled):
+    write_rounds(tmp_path, 6)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([*lines[:2], spoiled, *lines[3:]]))
+    before = path.read_bytes()
+    for call in (lambda: MetricsLog(tmp_path, 4), lambda: read_lines(path)):
+        with pytest.raises(UsageError, match=r"metrics\.jsonl line 3: .*restore or remove it"):
+            call()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"), [([1, 2], "line 3: .*'the end'"), ([1, 2, 4, 5], "line 3: .*4"), ([], "line 1")]
+)
+def test_a_log_without_a_round_of_the_checkpoint_is_refused(tmp_path, kept, said):
+    path = tmp_path / "metrics.jsonl"
+    write_lines(path, [{"round": round_} for round_ in kept])
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match=said):
+        MetricsLog(tmp_path, 3)
+    assert path.read_bytes() == before
 
 
 def test_numbers_survive_rewriting_bit_for_bit(tmp_path):
