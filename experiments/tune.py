@@ -24,7 +24,7 @@ from absl import app, flags
 
 from fedjax_rec import run
 from fedjax_rec.search import judge
-from fedjax_rec.workdir import read_lines
+from fedjax_rec.workdir import read_lines, write_lines
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders.")
@@ -293,6 +293,8 @@ def main(argv) -> None:
     part, parts = map(int, FLAGS.shard.split("/"))
     data = {name: run.load_data(run.RunConfig(data_dir=FLAGS.data_dir, **protocol_of(name))) for name in FLAGS.datasets}
     path = folder / f"{part}.jsonl"
+    # a kill may have left the last line incomplete: it would be damaged by what comes after it
+    write_lines(path, read_lines(path))
 
     def attempt(dataset: str, method: str, trial: int, seed: int) -> None:
         mine = [line for line in read_lines(path) if (line["dataset"], line["method"]) == (dataset, method)]

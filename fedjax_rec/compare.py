@@ -10,7 +10,6 @@ its 95 % interval (normal approximation over clients). The interval is about cli
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,8 +20,7 @@ import numpy as np
 
 from fedjax_rec import metrics
 from fedjax_rec.validate import one_of
-from fedjax_rec.workdir import IMMATERIAL, UsageError, read_config
-from fedjax_rec.workdir import _flat as flat
+from fedjax_rec.workdir import IMMATERIAL, UsageError, flat, read_config, read_json
 
 SEED_FOLDER = "seed_{}"
 LAYOUT = frozenset({"devices", "block_size", "block_sizes", "max_buckets"})
@@ -69,7 +67,7 @@ def read_runs(workdir: str | os.PathLike) -> Runs:
                 f"{folder}: {folders[0].name} and {path.name} are not seeds of one configuration "
                 f"({'; '.join(differing)}); move each configuration's seeds to a workdir of their own"
             )
-    summaries = [json.loads((path / "summary.json").read_text()) for path in folders]
+    summaries = [read_json(path / "summary.json") for path in folders]
     return Runs(str(workdir), folders, configs, summaries)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,12 +32,12 @@ from fedjax_rec.data.interactions import DataError, Filters, Interactions
 from fedjax_rec.data.sampling import epoch_steps
 from fedjax_rec.data.splits import TIE_RULES, Split
 from fedjax_rec.evaluate import client_model
-from fedjax_rec.experiment import Experiment, RunConfig, features_hash, given_features, load_data, prepare
+from fedjax_rec.experiment import Experiment, RunConfig, given_features, load_data, prepare
 from fedjax_rec.rounds import AXIS, Engine, State, publish, record_at
-from fedjax_rec.run import config_of, restore, train_state
+from fedjax_rec.run import check_same_data, config_of, restore, train_state
 from fedjax_rec.types import ITEM_ROLES, Params, PyTree
 from fedjax_rec.validate import nearest, positive
-from fedjax_rec.workdir import UsageError, read_config, write_npz
+from fedjax_rec.workdir import UsageError, read_json, write_npz
 
 USERS_AT_ONCE = 4096
 
@@ -133,7 +132,7 @@ def load_run(
     if missing:
         raise UsageError(f"{folder}: the run had features named {', '.join(missing)}; give load_run the same")
     ready = prepare(config, data)
-    _check_same_data(folder, ready)
+    check_same_data(folder, ready, "give load_run those of the run")
     lengths = np.diff(row_offsets(ready.split.train.user, ready.split.num_users))
     most = -(-ready.split.num_users // trained_on) * trained_on
     shapes = jax.eval_shape(ready.engine.init, ready.key)
@@ -143,7 +142,7 @@ def load_run(
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
     done, state = restore(folder, ready, like)
     path = folder / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else None
+    summary = read_json(path) if path.exists() else None
     return _one_device(ready, state, deal(lengths, trained_on), done, summary)
 
 
@@ -165,28 +164,6 @@ def _about(config: RunConfig, interactions: Interactions, split: Split | None, f
         filters={name: value for name, value in used.items() if value != default[name]},
     )
     return config, (interactions, split, {**given_features(config, interactions), **(features or {})})
-
-
-def _check_same_data(folder: Path, ready: Experiment) -> None:
-    """That given features are those of the run, and users and test items too, if it is finished."""
-    told = read_config(folder).get("features_hash", {})
-    if told and told != features_hash(ready.config, ready.features):
-        raise UsageError(
-            f"{folder}: the features named {', '.join(told)} are not those the run was trained on; give load_run the "
-            "features of the run"
-        )
-    path = folder / "per_client.npz"
-    if not path.exists():
-        return
-    with np.load(path) as held:
-        user_id, test_item = held["user_id"], held["test_item"]
-    users = ready.interactions.user_ids.astype(str)
-    tests = ready.interactions.item_ids.astype(str)[ready.split.test.item]
-    if not (np.array_equal(user_id, users) and np.array_equal(test_item[test_item != ""], tests)):
-        raise UsageError(
-            f"{folder}: the users or test items of '{ready.config.dataset}' are not those the run was trained on; "
-            "give load_run the data and the split of the run"
-        )
 
 
 def _one_device(ready: Experiment, state: State, slots: np.ndarray, done: int, summary: dict | None) -> Run:

@@ -192,7 +192,7 @@ def judge(workdir: str | os.PathLike, **changes: Any) -> dict[str, Any]:
     if "select_metric" not in changes and not set(config.select_metric.split("+")) <= set(known):
         changes["select_metric"] = "MRR"
     ready = prepare(dataclasses.replace(config, **changes))
-    _check_same_data(folder, ready)
+    check_same_data(folder, ready, "give the --data_dir and --features that it had")
     done, state, best = _newest(folder, ready)
     same = all(getattr(config, name) == getattr(ready.config, name) for name in ("ranking", "eval_clients", "protocol"))
     if same and best is not None:
@@ -211,12 +211,16 @@ def judge(workdir: str | os.PathLike, **changes: Any) -> dict[str, Any]:
     }
 
 
-def _check_same_data(folder: Path, ready: Experiment) -> None:
-    """That features and, if the run is finished, users and test items are those of the run."""
+def check_same_data(folder: Path, ready: Experiment, remedy: str) -> None:
+    """That given features and, if the run is finished, users and test items are those of the run.
+
+    Raises:
+        UsageError: ends with the remedy.
+    """
     told = read_config(folder).get("features_hash", {})
     if told != features_hash(ready.config, ready.features):
-        names = ", ".join(ready.config.features)
-        raise UsageError(f"{folder}: the --features named {names} are not those of the run; give the files it had")
+        names = ", ".join(told)
+        raise UsageError(f"{folder}: the features named {names} are not those the run was trained on; {remedy}")
     path = folder / "per_client.npz"
     if not path.exists():
         return
@@ -226,8 +230,8 @@ def _check_same_data(folder: Path, ready: Experiment) -> None:
     same = np.array_equal(users, interactions.user_ids.astype(str))
     if not (same and np.array_equal(tests[tests != ""], interactions.item_ids.astype(str)[test.item])):
         raise UsageError(
-            f"{folder}: the users or test items of '{ready.config.dataset}' are not those of the run; give the "
-            "--data_dir that it had"
+            f"{folder}: the users or test items of '{ready.config.dataset}' are not those the run was trained on; "
+            f"{remedy}"
         )
 
 

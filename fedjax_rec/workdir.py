@@ -64,7 +64,7 @@ def claim(folder: Path, config: Mapping[str, Any]) -> None:
     if not path.exists():
         write_json(path, given)
         return
-    held, given = _flat(read_config(folder)), _flat(given)
+    held, given = flat(read_config(folder)), flat(given)
     differing = [
         f"{name}: {held.get(name)!r} there, {given.get(name)!r} given"
         for name in sorted(held.keys() | given.keys())
@@ -77,7 +77,7 @@ def claim(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with nested settings as `settings.name`."""
     flat = {}
     for name, value in config.items():

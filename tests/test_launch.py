@@ -316,7 +316,7 @@ def test_data_and_features_that_have_moved_are_evaluated_where_they_are(launch, 
     assert code == 0, error
     np.savez(away / "tags.npz", values=2 * np.eye(60), raw_ids=np.arange(60))
     code, _, error = typed()
-    assert code == 2 and "--features named tags are not those of the run" in error
+    assert code == 2 and "features named tags are not those the run was trained on" in error
 
 
 def test_a_stopped_run_without_a_workdir_does_not_promise_to_go_on(typed, folder, monkeypatch):
