@@ -18,7 +18,6 @@ rows.png: warm and made rows on the two main axes of the warm ones.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -30,6 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from fedjax_rec import compare, load_run
+from fedjax_rec.validate import in_one_line
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders, if it has moved since the runs.")
@@ -103,12 +103,7 @@ def tables(workdirs: list[Path]) -> str:
 def main(argv) -> int:
     """The tables, or bad usage and bad input as one line on standard error."""
     logging.set_verbosity(logging.WARNING)  # checkpoints tell much
-    try:
-        print(tables([Path(name) for name in argv[1:]]))
-        return 0
-    except (OSError, ValueError) as error:
-        print(f"alignment.py: {error}", file=sys.stderr)
-        return 2
+    return in_one_line("alignment.py", lambda: tables([Path(name) for name in argv[1:]]))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import json
 import math
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,7 +37,7 @@ from fedjax_rec.item_sources.cold import side_by_side
 from fedjax_rec.methods import METHODS
 from fedjax_rec.privacy import accounting, attacks, mechanisms
 from fedjax_rec.rounds import make_engine
-from fedjax_rec.validate import nearest, one_of, positive
+from fedjax_rec.validate import in_one_line, nearest, one_of, positive
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders.")
@@ -385,8 +384,10 @@ def check() -> None:
                     raise ValueError(f"{name}: {error}") from None
 
 
-def tables() -> str:
+def tables(arguments: list[str]) -> str:
     """The chosen parts as Markdown, also in OUT/privacy.md."""
+    if arguments:
+        raise ValueError(f"{arguments[0]!r}: expected flags only")
     check()
     out = Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -398,14 +399,7 @@ def tables() -> str:
 def main(argv) -> int:
     """The tables, or bad usage and bad input as one line on standard error."""
     logging.set_verbosity(logging.WARNING)
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"{argv[1]!r}: expected flags only")
-        print(tables())
-        return 0
-    except (OSError, ValueError) as error:
-        print(f"privacy.py: {error}", file=sys.stderr)
-        return 2
+    return in_one_line("privacy.py", lambda: tables(argv[1:]))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from absl import app, flags
 from fedjax_rec import compare, metrics
 from fedjax_rec.compare import Runs
 from fedjax_rec.experiment import RunConfig
-from fedjax_rec.validate import nearest
+from fedjax_rec.validate import in_one_line, nearest
 from fedjax_rec.workdir import UsageError
 
 FLAGS = flags.FLAGS
@@ -48,7 +48,10 @@ DEFAULTS = {"select_metric": RunConfig.select_metric} | {name: getattr(RunConfig
 
 def given_flags(flagfile: Path) -> dict[str, str]:
     """What a flagfile, those it includes and --override say, by flag; of repeated flags the last."""
-    lines = FLAGS.read_flags_from_files([f"--flagfile={flagfile}"]) + FLAGS.override
+    try:
+        lines = FLAGS.read_flags_from_files([f"--flagfile={flagfile}"]) + FLAGS.override
+    except flags.Error as error:
+        raise UsageError(str(error)) from None
     return dict(line.lstrip("-").split("=", 1) for line in lines if "=" in line)
 
 
@@ -206,12 +209,7 @@ def tables(flagfiles: Sequence[Path]) -> None:
 
 def main(argv) -> int:
     """The tables, or bad usage and bad input as one line on standard error."""
-    try:
-        tables([Path(name) for name in argv[1:]])
-        return 0
-    except (OSError, ValueError, flags.Error) as error:
-        print(f"tables.py: {error}", file=sys.stderr)
-        return 2
+    return in_one_line("tables.py", lambda: tables([Path(name) for name in argv[1:]]))
 
 
 if __name__ == "__main__":

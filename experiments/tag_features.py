@@ -13,7 +13,6 @@ them: an item that is really new has none yet, so figures with tags tell of item
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ import scipy.sparse.linalg
 from absl import app, flags
 
 from fedjax_rec.data.interactions import DataError
+from fedjax_rec.validate import in_one_line
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("tags", None, "File of the tags.", required=True)
@@ -78,8 +78,10 @@ def features(tags: scipy.sparse.csr_array, min_items: int, width: int) -> tuple[
     return unit_rows(np.where(present[:, None], left[:, order] * size[order], 0.0)).astype(np.float32), present
 
 
-def write() -> str:
+def write(arguments: list[str]) -> str:
     """Reads, makes, writes; says what is there."""
+    if arguments:
+        raise ValueError(f"{arguments[0]!r}: expected flags only")
     tags = read_tags(Path(FLAGS.tags))
     values, present = features(tags, FLAGS.min_items, FLAGS.width)
     arrays = {"values": values, "raw_ids": np.arange(len(values)), "present": present}
@@ -90,14 +92,7 @@ def write() -> str:
 
 def main(argv) -> int:
     """What was written, or bad usage and bad input as one line on standard error."""
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"{argv[1]!r}: expected flags only")
-        print(write())
-        return 0
-    except (OSError, ValueError) as error:
-        print(f"tag_features.py: {error}", file=sys.stderr)
-        return 2
+    return in_one_line("tag_features.py", lambda: write(argv[1:]))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedjax_rec import metrics
-from fedjax_rec.validate import one_of
+from fedjax_rec.validate import in_one_line, one_of
 from fedjax_rec.workdir import IMMATERIAL, UsageError, flat, read_config, read_json
 
 SEED_FOLDER = "seed_{}"
@@ -207,12 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("workdirs", nargs="+", help="workdirs of runs or of seeds; the first is compared with")
     parser.add_argument("--metrics", default="", help="test metrics, like HR@10,NDCG@10")
     given = parser.parse_args(argv)
-    try:
-        print(compare(given.workdirs, [name for name in given.metrics.split(",") if name]))
-    except ValueError as error:
-        print(f"compare: {error}", file=sys.stderr)
-        return 2
-    return 0
+    names = [name for name in given.metrics.split(",") if name]
+    return in_one_line("compare", lambda: compare(given.workdirs, names))
 
 
 if __name__ == "__main__":

@@ -322,7 +322,8 @@ def cohort_lines(ready: Experiment) -> list[str]:
         return []
     said = f"cohort         {count:,} of {users:,} clients a round"
     scale = getattr(ready.method.config, "item_lr_scale", 0.0)
-    if scale and ready.method.aggregator.is_mean and users > LARGEST_WEIGHT * count:
+    averaged = ready.method.aggregator.is_mean and ready.engine.bytes_per_client()["up"] > 0
+    if scale and averaged and users > LARGEST_WEIGHT * count:
         # the items' local rate is times all clients, the mean over those who took part
         said += (
             f", whose steps on items count {users / count:,.0f} times; if the loss grows: "

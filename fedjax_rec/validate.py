@@ -1,9 +1,24 @@
-"""One-line validators: each raises a ValueError that says what was given, what is expected, what to do."""
+"""One-line validators: each raises a ValueError that says what was given, what is expected, what to do; and how a
+command says it."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+
+def in_one_line(program: str, body: Callable[[], str | None]) -> int:
+    """A command's exit code: 0, with what `body` returns printed; 2 for bad usage and input, one line on standard
+    error."""
+    try:
+        said = body()
+    except (OSError, ValueError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    if said is not None:
+        print(said)
+    return 0
 
 
 def positive(name: str, value: int | float, *, zero_allowed: bool = False) -> None:

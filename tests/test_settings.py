@@ -19,6 +19,8 @@ def test_settings_without_effect_are_refused():
     ("method", "setting", "message"),
     [
         ("fedmf", {"dim": 32.5}, "dim=32.5: expected an integer"),
+        ("fedmf", {"dim": float("inf")}, "dim=inf: expected an integer"),
+        ("ifedncf", {"layers": (0,)}, "expected one width or more"),
         ("fedmf", {"lr": True}, "lr=True: expected a number"),
         ("fedmf", {"optimizer": 3}, "optimizer=3: expected text"),
         ("fedncf", {"layers": 8}, "layers=8: expected values a,b,c"),

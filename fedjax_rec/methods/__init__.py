@@ -125,7 +125,7 @@ def _checked(name: str, value: Any, default: Any) -> Any:
     number = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
     if isinstance(default, bool) and isinstance(value, bool | np.bool_):
         return bool(value)
-    if isinstance(default, int) and not isinstance(default, bool) and number and value == int(value):
+    if isinstance(default, int) and not isinstance(default, bool) and number and float(value).is_integer():
         return int(value)
     if isinstance(default, float) and number:
         return float(value)

@@ -36,7 +36,7 @@ from fedjax_rec.item_sources.cold import ID, conditions, warm_and_cold
 from fedjax_rec.method import Method, Server
 from fedjax_rec.roles import IN_BOUNDS, batch_rows, binary_cross_entropy, run_steps
 from fedjax_rec.sharing import LocalConfig, item_table, sharing_method
-from fedjax_rec.validate import one_of, positive
+from fedjax_rec.validate import one_of, positive, widths
 
 GUIDE, PULL = "guide", "pull"
 
@@ -74,9 +74,9 @@ class Config(LocalConfig):
         super().__post_init__()
         one_of("optimizer", self.optimizer, ("sgd",))
         one_of("server_optimizer", self.server_optimizer, ("sgd",))
-        for name in ("attribute_lr", "attribute_steps", "user_lr_scale", "layers"):
-            value = getattr(self, name)
-            positive(name, len(value) if name == "layers" else value)
+        widths("layers", self.layers)
+        for name in ("attribute_lr", "attribute_steps", "user_lr_scale"):
+            positive(name, getattr(self, name))
         for name in ("reg", "eta", "condition_dim", "attribute_hidden", "user_init_std"):
             positive(name, getattr(self, name), zero_allowed=True)
         if self.eta:
