@@ -104,14 +104,7 @@ class Oracle:
         """The client's samples, pointing into the catalogue."""
         mine, sampling = self.history(user), sampling or self.method.sampling
         steps = epoch_steps(sampling, self.sizes(sampling), jnp.int32(len(mine)))
-        local = self._draw(sampling)(key, self.record(user), steps, jnp.int32(round_))
-        rows, batches = local.rows, all_batches(local)
-        return local.replace(
-            rows=jnp.arange(self.split.num_items),
-            row_mask=jnp.ones(self.split.num_items, bool),
-            samples=Listed(batches._replace(item=rows[batches.item])),
-            history=rows[local.history],
-        )
+        return self._draw(sampling)(key, self.record(user), steps, jnp.int32(round_))
 
     def history(self, user: int) -> np.ndarray:
         return self.split.train.item[self.split.train.user == user]
@@ -141,12 +134,19 @@ class Oracle:
     # Compiled for one client only so that the loop does not take minutes.
     @functools.cache  # noqa: B019
     def _draw(self, sampling: Sampling):
-        pool = None if self.pool is None else jnp.asarray(self.pool)
-        return jax.jit(
-            lambda key, record, steps, round_: draw_local_data(
-                key, record, sampling, self.sizes(sampling), self.split.num_items, pool, steps, round_
+        pool, items = None if self.pool is None else jnp.asarray(self.pool), self.split.num_items
+
+        def draw(key, record, steps, round_):
+            local = draw_local_data(key, record, sampling, self.sizes(sampling), items, pool, steps, round_)
+            rows, batches = local.rows, all_batches(local)
+            return local.replace(
+                rows=jnp.arange(items),
+                row_mask=jnp.ones(items, bool),
+                samples=Listed(batches._replace(item=rows[batches.item])),
+                history=rows[local.history],
             )
-        )
+
+        return jax.jit(draw)
 
     @functools.cached_property
     def _apply(self):
