@@ -14,7 +14,7 @@ from fedjax_rec import methods, run
 from fedjax_rec.data import clients, splits, synthetic
 from fedjax_rec.evaluate import catalogue_data
 from fedjax_rec.item_sources import Catalogue
-from fedjax_rec.item_sources.cold import conditions, nearest_warm, ridge_map, warm_and_cold
+from fedjax_rec.item_sources.cold import conditions, nearest_warm, neighbour_means, ridge_map, warm_and_cold
 from fedjax_rec.method import Aggregate, all_batches
 from fedjax_rec.methods import mdifffr
 from fedjax_rec.rounds import client_key, make_engine, record_at, streams
@@ -255,6 +255,24 @@ def test_nearest_warm_items_by_cosine():
     # an item is no neighbour of its own; 0 and 4 point the same way
     places, _ = nearest_warm(content, np.array([0, 1, 4]), np.array([0, 4]), 1)
     assert places.tolist() == [[2], [0]]
+
+
+def test_neighbour_means_of_several_sizes_stand_side_by_side():
+    content, rows = features(), np.random.default_rng(1).standard_normal((40, 3)).astype(np.float32)
+    warm, cold = np.arange(40), np.arange(40, ITEMS)
+    made = neighbour_means(content, warm, cold, 2, 7, 100)(jnp.asarray(rows))  # 100: all 40
+    for k, means in zip((2, 7, 40), np.split(np.asarray(made), 3, axis=1), strict=True):
+        places, weights = nearest_warm(content, warm, cold, k)
+        np.testing.assert_allclose(means, (weights[..., None] * rows[places]).sum(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", ["2,5", (2, 5), [2, 5]])
+def test_neighbours_are_one_number_or_several(given):
+    assert methods.make_config("mdifffr", {"neighbours": given}).means == (2, 5)
+    assert methods.make_config("mdifffr", {"neighbours": 4}).means == (4,)
+    assert methods.make_config("mdifffr", {}).means == methods.make_config("mdifffr", {"neighbours": "0"}).means == ()
+    with pytest.raises(ValueError, match="neighbours=-3: expected"):
+        methods.make_config("mdifffr", {"neighbours": "2,-3"})
 
 
 def test_the_denoiser_hears_what_the_nearest_rows_are():

@@ -23,13 +23,17 @@ def test_settings_without_effect_are_refused():
         ("ifedncf", {"layers": (0,)}, "expected one width or more"),
         ("fedmf", {"lr": True}, "lr=True: expected a number"),
         ("fedmf", {"optimizer": 3}, "optimizer=3: expected text"),
-        ("fedncf", {"layers": 8}, "layers=8: expected values a,b,c"),
+        ("fedncf", {"layers": 8.5}, "layers=8.5: expected an integer"),
         ("fedrap", {"anneal": 1}, "anneal=1: expected true or false"),
     ],
 )
 def test_settings_of_another_type_are_refused(method, setting, message):
     with pytest.raises(ValueError, match=message):
         methods.make_config(method, setting)
+
+
+def test_one_value_stands_for_a_list_of_one():
+    assert methods.make_config("fedncf", {"layers": 8}).layers == methods.make_config("fedncf", {"layers": "8"}).layers
 
 
 def test_settings_may_be_numpys():

@@ -136,7 +136,8 @@ def nearest_warm(
     content: Float[np.ndarray, "items feat"], warm: np.ndarray, of: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(places among the warm items [of, k], weights [of, k]): the k warm items nearest to each of the items `of` by the
-    cosine of their features, itself left out, with weights proportional to it (equal where no cosine is positive)."""
+    cosine of their features, nearest first, itself left out, with weights proportional to it (equal where no cosine is
+    positive)."""
     length = np.maximum(np.linalg.norm(content, axis=1, keepdims=True), 1e-12)
     unit = content / length
     k = min(k, len(warm) - int(np.isin(of, warm).any()))
@@ -155,11 +156,22 @@ def nearest_warm(
 
 
 def neighbour_means(
-    content: Float[np.ndarray, "items feat"], warm: np.ndarray, of: np.ndarray, k: int
-) -> Callable[[Float[Array, "warm width"]], Float[Array, "of width"]]:
-    """A function of the warm rows: the weighted mean row of the k warm items nearest to each of the items `of`."""
-    places, weights = map(jnp.asarray, nearest_warm(content, warm, of, k))
-    return lambda rows: jnp.einsum("nk,nkd->nd", weights, rows[places])
+    content: Float[np.ndarray, "items feat"], warm: np.ndarray, of: np.ndarray, *ks: int
+) -> Callable[[Float[Array, "warm width"]], Float[Array, "of means_width"]]:
+    """A function of the warm rows: for each of `ks` the weighted mean row of the k warm items nearest to each of the
+    items `of`, side by side."""
+    places, similar = nearest_warm(content, warm, of, max(ks))
+    first = np.arange(places.shape[1]) < np.asarray(ks)[:, None]
+    weights = similar[:, None] * first
+    weights = jnp.asarray(weights / weights.sum(-1, keepdims=True), jnp.float32)
+    places = jnp.asarray(places)
+
+    def means(rows):
+        # in blocks: the rows of all neighbours at once would be k times the catalogue
+        of_one = lambda told: (told[1] @ rows[told[0]]).reshape(-1)
+        return jax.lax.map(of_one, (places, weights), batch_size=1024)
+
+    return means
 
 
 def ridge_map(content: Float[np.ndarray, "items feat"], warm: np.ndarray, l2: float) -> Float[np.ndarray, "feat warm"]:

@@ -129,8 +129,10 @@ def _checked(name: str, value: Any, default: Any) -> Any:
         return int(value)
     if isinstance(default, float) and number:
         return float(value)
-    if isinstance(default, tuple) and isinstance(value, list | tuple):
-        return tuple(value)
+    if isinstance(default, tuple):
+        if isinstance(value, list | tuple):
+            return tuple(value)
+        return (_checked(name, value, default[0]),)
     raise _wrong(name, value, default)
 
 

@@ -1,6 +1,7 @@
 """CS_FCF and CS_FedNCF: plain federated methods whose cold rows come from content after the fact (our adaptation).
 
-    knn     E_i = sum_j w_ij E_j over the k warm items j nearest in content, w_ij proportional to the cosine
+    knn     E_i = sum_j w_ij E_j over the k warm items j nearest in content, w_ij proportional to the cosine of
+                                   features from which the warm items' mean is taken
     map     E_i = m_i W, W the ridge regression of the warm rows on their features, solved anew in every round
     random  E_i drawn with the warm rows' mean and spread: the control that knows nothing of the item
 
@@ -23,7 +24,6 @@ from fedjax_rec.item_sources.cold import (
     conditions,
     neighbour_means,
     ridge_map,
-    side_by_side,
     some_cold,
     with_cold_rows,
 )
@@ -58,13 +58,13 @@ PRESETS = {
 
 def content_cold(config: Config, num_users: int, num_items: int, name: str, catalogue: Catalogue) -> Method:
     """CS_FCF or CS_FedNCF; see the module docstring."""
-    content = side_by_side(catalogue, name)
+    content = conditions(catalogue, name, 0)
     warm, cold = some_cold(catalogue, name, config.backbone)
     if config.cold == "knn":
         means = neighbour_means(content, warm, cold, config.neighbours)
         make = lambda key, state, rows: means(rows)
     elif config.cold == "map":
-        values = np.concatenate([conditions(catalogue, name, 0), np.ones((num_items, 1), np.float32)], axis=1)
+        values = np.concatenate([content, np.ones((num_items, 1), np.float32)], axis=1)
         fit, told = jnp.asarray(ridge_map(values, warm, config.ridge)), jnp.asarray(values[cold])
         make = lambda key, state, rows: told @ (fit @ rows)
     else:

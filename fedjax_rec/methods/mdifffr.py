@@ -16,9 +16,9 @@ presets:
     proper    a residual path from x_t, rows standardised, a schedule that ends in the prior, AdamW, averaged weights,
               classifier-free guidance
 
-`neighbours` = k > 0 is our variant: beside the features the denoiser is told the mean row of the k warm items nearest
-to the item in content (itself left out), so that it need not learn from noisy rows what the nearest of them say. They
-are chosen by the true features whatever `guidance` says.
+`neighbours` = k, .. is our variant: beside the features the denoiser is told the mean row of the k warm items nearest
+to the item in content (itself left out), for each k, so that it need not learn from noisy rows what the nearest of them
+say. They are chosen by the true features whatever `guidance` says.
 
 `light_mdifffr` trains the diffusion every second round (Section 4.6). `guidance` withholds the features (`none`: no
 modality token; `zero`, `random`: constant or meaningless ones), `fusion` replaces the attention (Table 4 gives no
@@ -47,7 +47,6 @@ from fedjax_rec.item_sources.cold import (
     RowMaker,
     conditions,
     neighbour_means,
-    side_by_side,
     some_cold,
     warm_and_cold,
     with_cold_rows,
@@ -80,7 +79,8 @@ class Config(OverConfig):
         preset: `paper`, `released` or `proper`; sets the defaults of everything below.
         condition_dim: principal components of the features, 0 for the features themselves.
         guidance: `features`, or the ablations `none`, `zero`, `random`.
-        neighbours: warm items whose mean row the denoiser is told, nearest in content; 0 for none (the paper).
+        neighbours: numbers of warm items whose mean row the denoiser is told, nearest in content; 0 for none (the
+            paper).
         train_every: rounds between trainings of the diffusion model.
         diffusion_steps, noise_scale, noise_low, noise_high: T, s and the bounds of Eq. 6.
         diffusion_optimizer, diffusion_lr, diffusion_decay, server_epochs, diffusion_batch: its training.
@@ -96,7 +96,7 @@ class Config(OverConfig):
     preset: str = "paper"
     condition_dim: int = 64
     guidance: str = "features"
-    neighbours: int = 0
+    neighbours: tuple[int, ...] = (0,)
     train_every: int = 1
     diffusion_steps: int = 10
     noise_scale: float = 0.1
@@ -124,9 +124,14 @@ class Config(OverConfig):
         one_of("preset", self.preset, ("paper", "released", "proper"))
         one_of("guidance", self.guidance, ("features", "none", "zero", "random"))
         positive("train_every", self.train_every)
-        for name in ("condition_dim", "neighbours"):
-            positive(name, getattr(self, name), zero_allowed=True)
+        positive("condition_dim", self.condition_dim, zero_allowed=True)
+        for k in self.neighbours:
+            positive("neighbours", k, zero_allowed=True)
         check(self, NAMES)
+
+    @property
+    def means(self) -> tuple[int, ...]:
+        return tuple(k for k in self.neighbours if k)
 
     def diffusion(self) -> Settings:
         names = (field.name for field in dataclasses.fields(Settings))
@@ -164,7 +169,7 @@ def mdifffr(config: Config, num_users: int, num_items: int, name: str, catalogue
     values = conditions_of(config, name, catalogue)
     warm, cold = some_cold(catalogue, name, config.backbone)
     of_warm, of_cold = (_conditioned_on(config, name, catalogue, values, index) for index in (warm, cold))
-    model = Diffusion(config.diffusion(), config.width, values.shape[1] + bool(config.neighbours) * config.width)
+    model = Diffusion(config.diffusion(), config.width, values.shape[1] + len(config.means) * config.width)
 
     def learn(key, state, rows, round_):
         train = lambda held: model.train(key, held, rows, of_warm(rows))
@@ -177,13 +182,13 @@ def mdifffr(config: Config, num_users: int, num_items: int, name: str, catalogue
 
 
 def _conditioned_on(config: Config, name: str, catalogue: Catalogue, values: np.ndarray, of: np.ndarray):
-    """What the denoiser is told of the items `of`, given the warm rows: their features, and beside them the mean row of
-    their neighbours where the configuration has any."""
+    """What the denoiser is told of the items `of`, given the warm rows: their features, and beside them the mean rows
+    of their neighbours where the configuration has any."""
     values = jnp.asarray(values[of])
-    if not config.neighbours:
+    if not config.means:
         return lambda rows: values
     warm, _ = warm_and_cold(catalogue)
-    means = neighbour_means(side_by_side(catalogue, name), warm, of, config.neighbours)
+    means = neighbour_means(conditions(catalogue, name, 0), warm, of, *config.means)
 
     def told(rows):
         unit = (rows - rows.mean(0)) / jnp.maximum(rows.std(0), 1e-6)
