@@ -20,7 +20,7 @@ import numpy as np
 
 from fedjax_rec import metrics
 from fedjax_rec.validate import in_one_line, one_of
-from fedjax_rec.workdir import IMMATERIAL, UsageError, flat, read_config, read_json
+from fedjax_rec.workdir import IMMATERIAL, UsageError, differences, read_config, read_json
 
 SEED_FOLDER = "seed_{}"
 LAYOUT = frozenset({"devices", "block_size", "block_sizes", "max_buckets"})
@@ -61,7 +61,7 @@ def read_runs(workdir: str | os.PathLike) -> Runs:
         )
     configs = [read_config(path) for path in folders]
     for path, config in zip(folders, configs, strict=True):
-        differing = differences(configs[0], config, folders[0].name, path.name)
+        differing = differences(configs[0], config, folders[0].name, path.name, MAY_DIFFER)
         if differing:
             raise UsageError(
                 f"{folder}: {folders[0].name} and {path.name} are not seeds of one configuration "
@@ -74,16 +74,6 @@ def read_runs(workdir: str | os.PathLike) -> Runs:
 def seed_folders(folder: Path) -> list[Path]:
     """The folders of seeds in a workdir, by seed."""
     return sorted(folder.glob(SEED_FOLDER.format("*")), key=lambda path: (len(path.name), path.name))
-
-
-def differences(a: Mapping[str, Any], b: Mapping[str, Any], of_a: str, of_b: str) -> list[str]:
-    """In what two seeds' configurations differ, beside the seed, the layout and what no result depends on."""
-    a, b = ({k: v for k, v in flat(config).items() if k.split(".")[0] not in MAY_DIFFER} for config in (a, b))
-    return [
-        f"{name}: {a.get(name)!r} {of_a}, {b.get(name)!r} {of_b}"
-        for name in sorted(a.keys() | b.keys())
-        if a.get(name) != b.get(name)
-    ]
 
 
 def cut_offs(runs: Sequence[Runs]) -> list[int]:

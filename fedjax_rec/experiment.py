@@ -233,6 +233,36 @@ def features_hash(config: RunConfig, features: Mapping[str, Features]) -> dict[s
     return {name: digest(features[name]) for name in sorted(config.features)}
 
 
+def data_hash(interactions: Interactions, split: Split) -> str:
+    """What a run is about: raw ids, the pairs of every part and who competes, whatever file they came from."""
+    digest = hashlib.sha256()
+    parts = *split.train, *split.valid, *split.test, *(split.candidates or {}).values()
+    for array in (interactions.user_ids.astype(str), interactions.item_ids.astype(str), *parts):
+        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _check_together(interactions: Interactions, split: Split, features: Mapping[str, Any]) -> None:
+    """That data which a program hands over belong together; read from files they always do."""
+    users, items = interactions.num_users, interactions.num_items
+    if (split.num_users, split.num_items) != (users, items):
+        raise UsageError(
+            f"the split has {split.num_users} users and {split.num_items} items, expected the {users} and {items} of "
+            "the interactions; split these interactions"
+        )
+    for name, feature in features.items():
+        if not isinstance(feature, Features):
+            raise UsageError(
+                f"features named {name}: found {type(feature).__name__}, expected Features; make them with align or "
+                "load_npz of fedjax_rec.data.features"
+            )
+        if feature.values.shape[:1] != (items,) or not np.isfinite(feature.values).all():
+            raise UsageError(
+                f"features named {name}: values of shape {list(feature.values.shape)}, expected finite numbers "
+                f"[{items}, feat]; make them with align or load_npz of fedjax_rec.data.features"
+            )
+
+
 def prepare(config: RunConfig, data: tuple | None = None) -> Experiment:
     """Builds everything a run needs.
 
@@ -242,6 +272,7 @@ def prepare(config: RunConfig, data: tuple | None = None) -> Experiment:
     """
     spare_maps()
     interactions, split, features = data or load_data(config)
+    _check_together(interactions, split, features)
     chosen = protocol(config.protocol, config.method)
     forced = {k: v for k, v in (("draw", chosen.draw), ("redraw", chosen.redraw)) if v is not None}
     for name, value in forced.items():
@@ -308,6 +339,7 @@ def identity(ready: Experiment) -> dict[str, Any]:
     return {
         **ready.config.recorded(),
         **given,
+        "data_hash": data_hash(ready.interactions, ready.split),
         "settings": dataclasses.asdict(ready.method.config),
         "devices": ready.engine.mesh.size,
         "block_sizes": list(ready.engine.block),

@@ -22,6 +22,7 @@ from fedjax_rec.experiment import (
     RunConfig,
     check_memory,
     cohort_size,
+    data_hash,
     features_hash,
     identity,
     introduction,
@@ -212,27 +213,35 @@ def judge(workdir: str | os.PathLike, **changes: Any) -> dict[str, Any]:
 
 
 def check_same_data(folder: Path, ready: Experiment, remedy: str) -> None:
-    """That given features and, if the run is finished, users and test items are those of the run.
+    """That the data and given features are those of the run; of a run without a data_hash, recorded by an earlier
+    version, users and test items are looked at where it is finished.
 
     Raises:
         UsageError: ends with the remedy.
     """
-    told = read_config(folder).get("features_hash", {})
+    held = read_config(folder)
+    told = held.get("features_hash", {})
     if told != features_hash(ready.config, ready.features):
         names = ", ".join(told)
         raise UsageError(f"{folder}: the features named {names} are not those the run was trained on; {remedy}")
-    path = folder / "per_client.npz"
-    if not path.exists():
-        return
-    with np.load(path) as held:
-        users, tests = held["user_id"], held["test_item"]
-    interactions, test = ready.interactions, ready.split.test
-    same = np.array_equal(users, interactions.user_ids.astype(str))
-    if not (same and np.array_equal(tests[tests != ""], interactions.item_ids.astype(str)[test.item])):
+    if not _same_pairs(folder, held.get("data_hash"), ready):
         raise UsageError(
-            f"{folder}: the users or test items of '{ready.config.dataset}' are not those the run was trained on; "
+            f"{folder}: the users, items or pairs of '{ready.config.dataset}' are not those the run was trained on; "
             f"{remedy}"
         )
+
+
+def _same_pairs(folder: Path, recorded: str | None, ready: Experiment) -> bool:
+    interactions, test = ready.interactions, ready.split.test
+    if recorded is not None:
+        return recorded == data_hash(interactions, ready.split)
+    path = folder / "per_client.npz"
+    if not path.exists():
+        return True
+    with np.load(path) as held:
+        users, tests = held["user_id"], held["test_item"]
+    same = np.array_equal(users, interactions.user_ids.astype(str))
+    return same and np.array_equal(tests[tests != ""], interactions.item_ids.astype(str)[test.item])
 
 
 def config_of(workdir: Path) -> RunConfig:

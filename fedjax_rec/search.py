@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from fedjax_rec import metrics, run
-from fedjax_rec.experiment import RunConfig
+from fedjax_rec.experiment import RunConfig, data_hash
 from fedjax_rec.methods import make_config
 from fedjax_rec.workdir import UsageError, claim, read_lines, write_lines, write_text
 
@@ -97,8 +97,8 @@ def search(
     order = np.random.default_rng(config.seed).permutation(len(points))[: trials or None]
     folder = Path(workdir)
     devices = config.devices or len(jax.devices())
-    claim(folder, {**config.recorded(), "devices": devices, "grid": dict(grid)})
     data = data or run.load_data(config)
+    claim(folder, {**config.recorded(), "data_hash": data_hash(*data[:2]), "devices": devices, "grid": dict(grid)})
     path = folder / "trials.jsonl"
     lines = read_lines(path)
     write_lines(path, lines)  # without what a kill left of a line

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from fedjax_rec import run
-from fedjax_rec.compare import SEED_FOLDER, Runs, aligned, differences, read_runs, seed_folders, spread
+from fedjax_rec.compare import MAY_DIFFER, SEED_FOLDER, Runs, aligned, read_runs, seed_folders, spread
 from fedjax_rec.experiment import RunConfig, identity, load_data
 from fedjax_rec.validate import positive
-from fedjax_rec.workdir import UsageError, claim, read_config, write_json
+from fedjax_rec.workdir import UsageError, claim, differences, read_config, write_json
 
 PARTS = ("valid", "test", "test_seen", "test_unseen")
 
@@ -82,7 +82,7 @@ def _check_beside(config: RunConfig, folder: Path, data: tuple) -> dict[str, Any
     held = [home for home in seed_folders(folder) if (home / "config.json").exists()]
     given = json.loads(json.dumps(identity(run.prepare(config, data)))) if held else {}
     for home in held:
-        differing = differences(read_config(home), given, "there", "given")
+        differing = differences(read_config(home), given, "there", "given", MAY_DIFFER)
         if differing:
             raise UsageError(
                 f"{home} holds a run with another configuration ({'; '.join(differing)}): use another --workdir, or "

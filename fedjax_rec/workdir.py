@@ -64,17 +64,26 @@ def claim(folder: Path, config: Mapping[str, Any]) -> None:
     if not path.exists():
         write_json(path, given)
         return
-    held, given = flat(read_config(folder)), flat(given)
-    differing = [
-        f"{name}: {held.get(name)!r} there, {given.get(name)!r} given"
-        for name in sorted(held.keys() | given.keys())
-        if held.get(name) != given.get(name) and name.split(".")[0] not in IMMATERIAL
-    ]
+    differing = differences(read_config(folder), given, "there", "given")
     if differing:
         raise UsageError(
             f"{folder} holds a run with another configuration ({'; '.join(differing)}): "
             "use another --workdir, or the settings that are there"
         )
+
+
+def differences(
+    a: Mapping[str, Any], b: Mapping[str, Any], of_a: str, of_b: str, immaterial: frozenset[str] = IMMATERIAL
+) -> list[str]:
+    """In what two configurations differ, beside what is immaterial."""
+    if "data_hash" not in a or "data_hash" not in b:  # recorded by an earlier version: nothing is known of its data
+        immaterial = immaterial | {"data_hash"}
+    a, b = ({k: v for k, v in flat(config).items() if k.split(".")[0] not in immaterial} for config in (a, b))
+    return [
+        f"{name}: {a.get(name)!r} {of_a}, {b.get(name)!r} {of_b}"
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name) != b.get(name)
+    ]
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:

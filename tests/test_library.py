@@ -15,7 +15,7 @@ import pytest
 import fedjax_rec as fr
 from fedjax_rec import run as run_module
 from fedjax_rec.data import synthetic
-from fedjax_rec.data.features import load_npz
+from fedjax_rec.data.features import Features, load_npz
 from fedjax_rec.workdir import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,6 +177,32 @@ def test_other_data_are_refused(case, feedback):
         fr.load_run(folder)
     with pytest.raises(UsageError, match="not those the run was trained on"):
         fr.load_run(folder, feedback, fr.cold_items(feedback, seed=1))
+
+
+def test_a_workdir_is_not_gone_on_with_other_pairs_of_the_same_users(case, feedback, split):
+    """Nothing else tells: name, counts and test items are the same."""
+    _, folder = case
+    train = split.train._replace(item=split.train.item.copy())
+    user = np.flatnonzero(split.train.user == 0)
+    absent = np.setdiff1d(np.arange(split.num_items), feedback.item[feedback.user == 0])
+    train.item[user] = np.sort(absent[: len(user)])
+    other = dataclasses.replace(split, train=train)
+    with pytest.raises(UsageError, match="data_hash"):
+        fr.fit(run_module.config_of(folder), feedback, other, workdir=folder)
+    with pytest.raises(UsageError, match="not those the run was trained on"):
+        fr.load_run(folder, feedback, other)
+
+
+def test_data_that_do_not_belong_together_are_refused(feedback, split):
+    config, items = fr.RunConfig(method="fedvlr", rounds=1), split.num_items
+    part = fr.from_frame(pd.DataFrame({"user": ["a"] * 4, "item": [1, 2, 3, 4]}), "part")
+    with pytest.raises(UsageError, match="the split has 1 users and 4 items, expected the 200 and 150"):
+        fr.fit(config, feedback, fr.leave_one_out(part))
+    with pytest.raises(UsageError, match="features named image: found ndarray, expected Features"):
+        fr.train(config, data=(feedback, split, {"image": np.ones((items, 3))}))
+    for values in (np.ones((items - 1, 3)), np.full((items, 3), np.nan)):
+        with pytest.raises(UsageError, match=rf"image: values of shape .*, expected finite numbers \[{items}, feat\]"):
+            fr.fit(config, feedback, split, {"image": Features(values, np.ones(len(values), bool), "made")})
 
 
 def test_no_run_and_no_checkpoint_are_said(tmp_path):

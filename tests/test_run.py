@@ -593,7 +593,7 @@ def test_evaluating_on_other_data_is_refused(tmp_path, monkeypatch):
     whole = run.prepare
     other = lambda config, given=None: dataclasses.replace(whole(config), interactions=renamed)
     monkeypatch.setattr(run, "prepare", other)
-    with pytest.raises(UsageError, match="users or test items of 'synthetic' are not those the run was trained on"):
+    with pytest.raises(UsageError, match="users, items or pairs of 'synthetic' are not those the run was trained on"):
         run.evaluate(tmp_path)
 
 

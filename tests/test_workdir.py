@@ -76,6 +76,14 @@ def test_only_the_settings_that_differ_are_named(tmp_path):
     assert "dim" not in str(error.value)
 
 
+def test_other_data_are_another_run_where_they_were_recorded(tmp_path):
+    claim(tmp_path / "new", {**CONFIG, "data_hash": "a"})
+    claim(tmp_path / "old", CONFIG)
+    claim(tmp_path / "old", {**CONFIG, "data_hash": "b"})
+    with pytest.raises(UsageError, match="data_hash: 'a' there, 'b' given"):
+        claim(tmp_path / "new", {**CONFIG, "data_hash": "b"})
+
+
 def test_a_folder_without_a_run_says_so(tmp_path):
     with pytest.raises(UsageError, match=r"config\.json does not exist"):
         read_config(tmp_path)
