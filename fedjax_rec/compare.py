@@ -82,11 +82,11 @@ def cut_offs(runs: Sequence[Runs]) -> list[int]:
 
 
 def spread(values: Sequence[float | int | None]) -> str:
-    """mean ± standard deviation over seeds; - where there are no values."""
+    """mean ± standard deviation over seeds, which one seed has none of; - where there are no values."""
     known = [value for value in values if value is not None and np.isfinite(value)]
     if not known:
         return "-"
-    return f"{np.mean(known):.4f} ± {np.std(known, ddof=1) if len(known) > 1 else 0:.4f}"
+    return f"{np.mean(known):.4f}" + (f" ± {np.std(known, ddof=1):.4f}" if len(known) > 1 else "")
 
 
 def by_client(folders: Sequence[Path], metric: str) -> np.ndarray:
