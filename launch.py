@@ -62,6 +62,17 @@ flags.DEFINE_bool("progress", True, "Show a progress bar.")
 flags.DEFINE_bool("plots", True, "Write plots into the workdir (needs the extra `plots`).")
 flags.DEFINE_string("compile_cache", None, "Folder of compiled programs, kept between runs.")
 
+RUN_FLAGS = (
+    "dataset", "data_dir", "split", "split_seed", "ties", "filmtrust_time", "protocol", "ranking", "rounds", "seed",
+    "clients_per_round", "eval_every", "eval_clients", "ndcg", "select_metric", "patience", "checkpoint_every",
+    "block_size", "max_buckets", "devices", "dp_mechanism", "dp_clip", "dp_noise", "dp_rows", "dp_delta",
+)  # fmt: skip
+"""Flags that are fields of RunConfig as they stand."""
+JUDGED_BY = ("ranking", "eval_clients", "ndcg", "data_dir")
+"""Those of them that --mode=evaluate takes."""
+TRAINED_BY = tuple(name for name in ("method", *RUN_FLAGS) if name not in (*JUDGED_BY, "checkpoint_every", "devices"))
+"""Flags that say what a finished run is, and so cannot be given anew to --mode=evaluate."""
+
 
 def assignments(pairs: list[str], flag: str) -> dict[str, str]:
     """key=value flags as a dictionary."""
@@ -140,16 +151,21 @@ def config_from_flags():
         filters=filters_from_flags(),
         features=features_from_flags(),
         ks=cut_offs(),
-        **{
-            name: FLAGS[name].value
-            for name in (
-                "dataset", "data_dir", "split", "split_seed", "ties", "filmtrust_time", "protocol", "ranking", "rounds",
-                "seed", "clients_per_round", "eval_every", "eval_clients", "ndcg", "select_metric", "patience",
-                "checkpoint_every", "block_size", "max_buckets", "devices", "dp_mechanism", "dp_clip", "dp_noise",
-                "dp_rows", "dp_delta",
+        **{name: FLAGS[name].value for name in RUN_FLAGS},
+    )
+
+
+def check_same_run(home: str) -> None:
+    """That flags which only training obeys say what the run in a workdir was trained with."""
+    from fedjax_rec.run import config_of
+
+    held = config_of(Path(home))
+    for name in TRAINED_BY:
+        value, trained = FLAGS[name].value, getattr(held, name)
+        if FLAGS[name].present and value != trained:
+            raise ValueError(
+                f"--{name}={value} does nothing in --mode=evaluate: the run in {home} has {trained}; leave it out"
             )
-        },
-    )  # fmt: skip
 
 
 def again(what: str) -> int:
@@ -233,9 +249,9 @@ def main(argv: list[str]) -> int:
         from fedjax_rec.workdir import write_json
 
         home = workdir()
+        check_same_run(home)
         # what is not given on the command line is as in the run
-        names = ("ranking", "eval_clients", "ndcg", "data_dir")
-        given = {name: FLAGS[name].value for name in names if FLAGS[name].present}
+        given = {name: FLAGS[name].value for name in JUDGED_BY if FLAGS[name].present}
         if FLAGS["k"].present:
             given["ks"] = cut_offs()
         if FLAGS.features:

@@ -279,6 +279,15 @@ def test_evaluation_takes_from_the_run_what_the_command_line_does_not_give(stopp
     assert said["judged_round"] == summary["best_round"] and said["test"]["HR@5"] == summary["test"]["HR@5"]
 
 
+def test_evaluation_refuses_what_the_run_was_not_trained_with(stopped, typed, folder):
+    """Neither a method nor a split of the command line would be judged; those of the run may be repeated."""
+    evaluate = ("--mode=evaluate", f"--workdir={folder / 'run'}", "--method=fedmf")
+    assert typed(*evaluate)[0] == 0
+    code, output, error = typed(*evaluate, "--split=given")
+    assert (code, output) == (2, "") and "--split=given does nothing in --mode=evaluate: the run in" in error
+    assert "has leave_one_out; leave it out" in error
+
+
 QUICK = ("--rounds=4", "--eval_every=2", "--k=5,10", "--devices=1")
 
 
