@@ -146,7 +146,7 @@ def test_noise_has_the_variance_of_the_weighted_mean():
 
 
 def test_a_data_set_without_features_is_refused():
-    with pytest.raises(ValueError, match="fuses item features and the data set has none"):
+    with pytest.raises(ValueError, match="fuses item features and the data set has none: give some as --features="):
         methods.build("fedvlr", 4, ITEMS)
 
 

@@ -19,3 +19,19 @@ class Catalogue(NamedTuple):
 
     features: Mapping[str, Float[np.ndarray, "items _"]]
     warm: Bool[np.ndarray, "items"] | None = None
+
+
+def need_features(catalogue: Catalogue, who: str) -> None:
+    """That there are features.
+
+    Args:
+        who: the method and what it does with them, for the message.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not catalogue.features:
+        raise ValueError(
+            f"{who} item features and the data set has none: give some as --features=image=FILE.npz (README, Item "
+            "features), or choose another --dataset or an ID-based --method"
+        )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fedjax_rec.item_sources import Catalogue
+from fedjax_rec.item_sources import Catalogue, need_features
 from fedjax_rec.method import Method, Server
 from fedjax_rec.types import PRNGKey, PyTree
 
@@ -93,11 +93,7 @@ def side_by_side(catalogue: Catalogue, name: str) -> Float[np.ndarray, "items fe
     Raises:
         ValueError: without any features.
     """
-    if not catalogue.features:
-        raise ValueError(
-            f"{name} makes rows from item features and the data set has none: expected feature files beside the "
-            "interactions (see the README's table of data sets); choose another --dataset or an ID-based --method"
-        )
+    need_features(catalogue, f"{name} makes rows from")
     parts = [np.asarray(catalogue.features[modality], np.float32) for modality in sorted(catalogue.features)]
     lengths = [np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12) for part in parts]
     return np.concatenate([part / length for part, length in zip(parts, lengths, strict=True)], axis=1)

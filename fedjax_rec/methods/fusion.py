@@ -34,7 +34,7 @@ from jaxtyping import Array
 
 from fedjax_rec import aggregate
 from fedjax_rec.backbones.fused import BACKBONES, Fused, fused_backbone
-from fedjax_rec.item_sources import Catalogue, views
+from fedjax_rec.item_sources import Catalogue, need_features, views
 from fedjax_rec.item_sources.views import ID
 from fedjax_rec.method import Batch, LocalData, Method, Server, batch_at
 from fedjax_rec.roles import (
@@ -181,11 +181,7 @@ def features_of(config: Config, catalogue: Catalogue) -> dict[str, np.ndarray]:
     Raises:
         ValueError: without any features.
     """
-    if not catalogue.features:
-        raise ValueError(
-            "this method fuses item features and the data set has none: expected feature files beside the "
-            "interactions (see the README's table of data sets); choose another --dataset or an ID-based --method"
-        )
+    need_features(catalogue, "this method fuses")
     rng = np.random.default_rng(0)
     found = {}
     for name in sorted(catalogue.features):
