@@ -299,6 +299,8 @@ class Run:
             UsageError: no item, or one that the catalogue does not have.
         """
         positive("rounds", self.round if rounds is None else rounds)
+        if isinstance(items, str):  # a sequence too, of letters
+            raise UsageError(f"items {items!r}: expected a list of item ids, like [{items!r}]")
         index = _index_of("item", list(items), self._item_index)
         return folding.fold_in(self, np.unique(index), self.round if rounds is None else rounds)
 

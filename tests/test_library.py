@@ -163,6 +163,8 @@ def test_unknown_ids_are_named_with_what_ids_look_like(case, feedback):
         run.recommend(5)
     with pytest.raises(UsageError, match=r"item 7 is not in the data: expected one of its 150 item ids, like 1\d\d\d"):
         run.fold_in([feedback.item_ids[0], 7])
+    with pytest.raises(UsageError, match=r"items '1001': expected a list of item ids, like \['1001'\]"):
+        run.fold_in("1001")
     with pytest.raises(UsageError, match="no item given"):
         run.fold_in([])
     with pytest.raises(ValueError, match="k=0"):
