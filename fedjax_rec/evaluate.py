@@ -29,6 +29,7 @@ from fedjax_rec.rounds import (
     Cohort,
     Engine,
     State,
+    in_float32,
     local_step,
     publish,
     record_at,
@@ -202,6 +203,7 @@ def _eval_block(engine: Engine, scorer: Scorer, width: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
+@in_float32
 def _rank_pass(evaluator: Evaluator, scorer, replicated, sharded, cohort, buckets, targets, known, candidates, pool):
     engine = evaluator.engine
     body = functools.partial(_rank_device, evaluator, scorer)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from fedjax_rec.data.sampling import MAX_SAMPLES, Record, Sizes, epoch_steps, sizes
 from fedjax_rec.evaluate import method_scorer
 from fedjax_rec.method import Client
-from fedjax_rec.rounds import START, Engine, client_key, local_step, store_clients
+from fedjax_rec.rounds import START, Engine, client_key, in_float32, local_step, store_clients
 from fedjax_rec.types import Params, PRNGKey
 from fedjax_rec.validate import positive
 from fedjax_rec.workdir import UsageError
@@ -116,6 +116,7 @@ def _record(engine: Engine, items: np.ndarray) -> tuple[Record, Sizes]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
+@in_float32
 def _train(
     engine: Engine,
     size: Sizes,
@@ -145,6 +146,7 @@ def _train(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
+@in_float32
 def _score(engine: Engine, size: Sizes, key, round_, shared, clients, record, pool):
     engine = dataclasses.replace(engine, pool=pool)
     steps = epoch_steps(engine.method.sampling, size, record.length)

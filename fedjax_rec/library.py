@@ -33,7 +33,7 @@ from fedjax_rec.data.sampling import epoch_steps
 from fedjax_rec.data.splits import TIE_RULES, Split
 from fedjax_rec.evaluate import client_model
 from fedjax_rec.experiment import Experiment, RunConfig, given_features, load_data, prepare
-from fedjax_rec.rounds import AXIS, Engine, State, publish, record_at
+from fedjax_rec.rounds import AXIS, Engine, State, in_float32, publish, record_at
 from fedjax_rec.run import check_same_data, config_of, restore, train_state
 from fedjax_rec.types import ITEM_ROLES, Params, PyTree
 from fedjax_rec.validate import nearest, positive
@@ -328,6 +328,7 @@ def _index_of(kind: str, raw: list, index: dict[Any, int]) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@in_float32
 def _asked(engine: Engine, what: str, b: int, replicated, sharded, bucket, pool, positions):
     """What the method says of the clients at `positions` [n] of bucket b, one after the other."""
     engine, spec = dataclasses.replace(engine, pool=pool), engine.clients

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -68,6 +69,22 @@ def clients_mesh(num_devices: int | None = None) -> Mesh:
     """A 1-D mesh named `clients` over the first `num_devices` devices (default: all)."""
     devices = jax.devices()[:num_devices]
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def in_float32(function: Callable) -> Callable:
+    """`function` (to be compiled), the matrix products of which are float32 on every device.
+
+    Accelerators by default round the factors first, to 8 bits (TPUs) or 11 (GPUs): means by numbers of samples would be
+    off, users' similarities near 1 equal, and scores tied. Where the user has chosen a precision
+    (JAX_DEFAULT_MATMUL_PRECISION), that holds.
+    """
+
+    @functools.wraps(function)
+    def traced(*arguments):
+        with jax.default_matmul_precision(jax.config.jax_default_matmul_precision or "highest"):
+            return function(*arguments)
+
+    return traced
 
 
 def default_block_bytes() -> int:
@@ -355,6 +372,7 @@ def each_round(method: Method, shared: Params) -> Params:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@in_float32
 def _init(engine: Engine, key: PRNGKey, users: Int[Array, "slots"]) -> State:
     method, slots = engine.method, engine.clients.num_slots
     k_server, k_publish = jax.random.split(client_key(key, START, SERVER))
@@ -369,6 +387,7 @@ def _init(engine: Engine, key: PRNGKey, users: Int[Array, "slots"]) -> State:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@in_float32
 def publish(engine: Engine, key: PRNGKey, server: Server, round_: Int[Array, ""]) -> Params:
     """What clients may see at the start of a round (and at an evaluation before it): a function of its own, so
     that server-made item rows are computed once, whatever the number of clients."""
@@ -376,6 +395,7 @@ def publish(engine: Engine, key: PRNGKey, server: Server, round_: Int[Array, ""]
     return engine.method.publish(k_publish, server)
 
 
+@in_float32
 def _client_round(engine: Engine, key, shared: Params, clients: Client, mail: Mail, round_, cohort: Cohort):
     """All clients' local work: (their state, the aggregate, means for the log)."""
     method = engine.method
@@ -404,6 +424,7 @@ def local_round(engine: Engine):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@in_float32
 def server_step(engine: Engine, key: PRNGKey, server: Server, round_: Int[Array, ""], received: Aggregate):
     """The server's answer to a round: (server, mail)."""
     _, k_server = jax.random.split(client_key(key, round_, SERVER))
@@ -415,6 +436,7 @@ def server_step(engine: Engine, key: PRNGKey, server: Server, round_: Int[Array,
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 4))
+@in_float32
 def server_step_over_mail(engine: Engine, key: PRNGKey, server: Server, round_, tables: PyTree, weights: Aggregate):
     """`server_step` for uploads that lie in the mail's places; the answers are written over them."""
     received = weights._replace(value=(tables, weights.value))
@@ -478,6 +500,7 @@ def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, coh
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@in_float32
 def exchange_up(engine: Engine, key: PRNGKey, server: Server, clients: Client, round_: Int[Array, ""]) -> Server:
     """All clients' uploads, folded block by block into their mean, and the server's answer to it."""
     exchange, spec, block = engine.method.exchange, engine.clients, _exchange_block(engine)
@@ -504,6 +527,7 @@ def exchange_up(engine: Engine, key: PRNGKey, server: Server, clients: Client, r
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@in_float32
 def exchange_down(engine: Engine, key: PRNGKey, shared: Params, clients: Client, round_: Int[Array, ""]):
     """Every client takes the server's answer into its whole state, in place: (their state, means for the log)."""
     clients, totals = jax.shard_map(

@@ -1,0 +1,48 @@
+"""What accelerators do otherwise than CPUs, as far as a CPU can show it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fedjax_rec import evaluate, rounds, run
+from fedjax_rec.data import splits, synthetic
+from fedjax_rec.run import RunConfig
+
+
+def ready(method: str, **changes):
+    made = synthetic.make(24, 40, min_history=5, median_history=8, max_history=12)
+    data = made.interactions, splits.leave_one_out(made.interactions), made.features
+    return run.prepare(RunConfig(method=method, max_buckets=1, **{"devices": 1, **changes}), data)
+
+
+def products(text: str) -> list[str]:
+    return [line for line in text.splitlines() if "dot_general" in line]
+
+
+def lowered(one) -> str:
+    """The clients' part of a round, the server's, and the ranking."""
+    engine, evaluator, key, round_ = one.engine, one.evaluator, one.key, jnp.int32(0)
+    state = engine.init(key)
+    shared = rounds.publish(engine, key, state.server, round_)
+    local = rounds.local_round(engine), (engine, key, shared, state.clients, state.mail, round_, engine.everybody)
+    received = jax.eval_shape(lambda *rest: local[0](engine, *rest), *local[1][1:])[1]
+    scorer, asked = evaluate.method_scorer, ((key, round_, shared), (state.clients, state.mail))
+    cohort, buckets = engine.everybody, engine.buckets
+    rank = (evaluator, scorer, *asked, cohort, buckets, evaluator.targets, (), None, engine.pool)
+    parts = (local, (rounds.server_step, (engine, key, state.server, round_, received)), (evaluate._rank_pass, rank))
+    return "\n".join(function.lower(*arguments).as_text() for function, arguments in parts)
+
+
+@pytest.mark.parametrize("method", ["fedncf", "ease", "gpfedrec"])
+def test_products_are_float32_on_every_device(method):
+    """TPUs round factors to bfloat16, GPUs to TF32, unless a product asks for more."""
+    found = products(lowered(ready(method)))
+    assert found and all("HIGHEST, HIGHEST" in line for line in found)
+
+
+def test_a_chosen_precision_holds():
+    with jax.default_matmul_precision("bfloat16"):
+        found = products(lowered(ready("fedncf")))
+    assert any("HIGHEST" not in line for line in found)
