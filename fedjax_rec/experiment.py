@@ -310,7 +310,7 @@ def check_memory(engine: Engine) -> dict[str, int]:
     Raises:
         UsageError: if it does not fit, with a setting that does.
     """
-    need, have = engine.memory_bytes(), available_bytes()
+    need, have = engine.memory_bytes(), available_bytes(engine.mesh.devices.tolist())
     if have is None or need["total"] <= have:
         return need
     detail = ", ".join(f"{name} {bytes_ / 2**30:.2f}" for name, bytes_ in need.items() if name != "total")
@@ -368,7 +368,7 @@ def introduction(ready: Experiment) -> str:
     """What a person should know before a run: data, protocol, sizes."""
     sent = ready.engine.bytes_per_client()
     need = ready.engine.memory_bytes()
-    saved = sum(need[part] for part in ("clients", "mail", "server")) / 2**20
+    saved = (need["clients"] + need["mail"] + need["server"] / ready.engine.mesh.size) / 2**20
     dense = f", {sent['exchange_up']:,} each way more in a guidance round" if "exchange_up" in sent else ""
     buckets = ", ".join(
         f"{b.user.shape[0]} clients of up to {b.history.shape[1]} items (blocks of {n})"

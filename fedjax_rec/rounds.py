@@ -206,7 +206,7 @@ class Engine:
         return _bytes_per_client(self)
 
     def memory_bytes(self) -> dict[str, int]:
-        """Estimated device bytes: server and client state, data, and the largest block in flight."""
+        """Estimated bytes of all devices together: server and client state, data, and the largest block in flight."""
         return _memory_bytes(self)
 
 
@@ -665,7 +665,7 @@ def _memory_bytes(engine: Engine) -> dict[str, int]:
     parts = {
         "clients": _bytes(state.clients) * spec.num_slots,
         "mail": _bytes(state.mail) * spec.num_slots,
-        "server": 3 * _bytes(state.server),
+        "server": 3 * _bytes(state.server) * spec.num_devices,  # every device holds it whole
         "data": sum(x.nbytes for b in spec.buckets for x in b if x is not None),
         "block": in_flight * spec.num_devices,
     }

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -27,14 +28,16 @@ def device_name() -> str:
     return f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
 
 
-def available_bytes() -> int | None:
-    """Free memory of all devices together (CPU: of the machine), or None where the backend does not say."""
+def available_bytes(devices: Sequence) -> int | None:
+    """Free memory of `devices` together, each counted as the fullest one (CPU: of the machine), or None where the
+    backend does not say."""
     if jax.default_backend() == "cpu":
         return psutil.virtual_memory().available
-    stats = [device.memory_stats() for device in jax.devices()]
+    stats = [device.memory_stats() for device in devices]
     if any(s is None or "bytes_limit" not in s for s in stats):
         return None
-    return sum(s["bytes_limit"] - s.get("bytes_in_use", 0) for s in stats)
+    # what is spread is spread evenly
+    return len(stats) * min(s["bytes_limit"] - s.get("bytes_in_use", 0) for s in stats)
 
 
 def peak_memory_bytes() -> int:

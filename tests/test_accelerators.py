@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from fedjax_rec import evaluate, rounds, run
+from fedjax_rec import evaluate, rounds, run, system
 from fedjax_rec.data import splits, synthetic
 from fedjax_rec.run import RunConfig
 
@@ -46,3 +48,24 @@ def test_a_chosen_precision_holds():
     with jax.default_matmul_precision("bfloat16"):
         found = products(lowered(ready("fedncf")))
     assert any("HIGHEST" not in line for line in found)
+
+
+def test_memory_counts_what_every_device_holds_whole():
+    one, four = ready("ease"), ready("ease", devices=4)
+    state = four.engine.init(four.key)
+    held = sum(part.data.nbytes for leaf in jax.tree.leaves(state.server) for part in leaf.addressable_shards)
+    assert four.engine.memory_bytes()["server"] == 3 * held == 4 * one.engine.memory_bytes()["server"]
+    # a checkpoint has it once
+    disk = [next(line for line in run.introduction(r).splitlines() if line.startswith("disk")) for r in (one, four)]
+    assert disk[0] == disk[1]
+
+
+def test_free_memory_is_that_of_the_devices_in_use(monkeypatch):
+    def device(limit, used):
+        return SimpleNamespace(memory_stats=lambda: {"bytes_limit": limit, "bytes_in_use": used})
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    devices = [device(100, 10), device(100, 40), device(100, 0)]
+    assert system.available_bytes(devices[:1]) == 90
+    assert system.available_bytes(devices) == 3 * 60  # the fullest one decides
+    assert system.available_bytes([*devices, SimpleNamespace(memory_stats=lambda: None)]) is None

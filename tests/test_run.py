@@ -631,7 +631,7 @@ def test_evaluating_a_run_without_a_checkpoint_says_so(tmp_path, monkeypatch):
 
 
 def remedy(monkeypatch, engine, have: int) -> str:
-    monkeypatch.setattr(experiment, "available_bytes", lambda: have)
+    monkeypatch.setattr(experiment, "available_bytes", lambda devices: have)
     with pytest.raises(UsageError) as error:
         run.check_memory(engine)
     assert "\n" not in str(error.value)
@@ -642,7 +642,7 @@ def test_a_run_that_fits_passes(monkeypatch):
     engine = run.prepare(config()).engine
     need = engine.memory_bytes()
     for have in (need["total"], None):
-        monkeypatch.setattr(experiment, "available_bytes", lambda have=have: have)
+        monkeypatch.setattr(experiment, "available_bytes", lambda devices, have=have: have)
         assert run.check_memory(engine) == need
 
 
