@@ -105,6 +105,7 @@ def _phases(ready: Experiment, state: State, rounds: int) -> tuple[dict[str, flo
     times = []
     for round_ in range(rounds + 1):
         cohort = _cohort(ready, round_) or engine.everybody
+        round_ = jnp.int32(round_)  # as in a round, whose compiled functions serve again
         at = [time.perf_counter()]
         shared = jax.block_until_ready(publish(engine, key, state.server, round_))
         at.append(time.perf_counter())

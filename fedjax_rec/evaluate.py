@@ -79,8 +79,9 @@ class Evaluator:
 
     def ranks(self, key: PRNGKey, state: State, round_: int, cohort: Cohort | None = None) -> Ranks:
         """Ranks under the method's current state; `round_` is the number of rounds it has seen."""
+        round_ = jnp.asarray(round_, jnp.int32)  # as in a round: `publish` compiles once
         shared = publish(self.engine, key, state.server, round_)
-        replicated = (key, jnp.asarray(round_, jnp.int32), shared)
+        replicated = (key, round_, shared)
         return self.ranks_of(method_scorer, replicated, (state.clients, state.mail), cohort)
 
     def ranks_of(self, scorer: Scorer, replicated: PyTree, sharded: PyTree, cohort: Cohort | None = None) -> Ranks:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fedjax_rec import evaluate, rounds, run, system
+from fedjax_rec import benchmark, evaluate, rounds, run, system
 from fedjax_rec.data import splits, synthetic
 from fedjax_rec.run import RunConfig
 
@@ -69,3 +69,15 @@ def test_free_memory_is_that_of_the_devices_in_use(monkeypatch):
     assert system.available_bytes(devices[:1]) == 90
     assert system.available_bytes(devices) == 3 * 60  # the fullest one decides
     assert system.available_bytes([*devices, SimpleNamespace(memory_stats=lambda: None)]) is None
+
+
+def test_each_function_of_a_round_compiles_once():
+    """Whoever calls it: the round, the evaluation, the benchmark of the parts."""
+    functions = rounds.publish, rounds.client_round_beside_mail, rounds.server_step
+    one, before = ready("fedmf", devices=4), [function._cache_size() for function in functions]
+    state = one.engine.init(one.key)
+    for round_ in range(2):
+        state, _ = one.engine.round(one.key, state, round_)
+        one.evaluator.ranks(one.key, state, round_ + 1)
+    benchmark._phases(one, state, 1)
+    assert [function._cache_size() - held for function, held in zip(functions, before, strict=True)] == [1, 1, 1]
