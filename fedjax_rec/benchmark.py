@@ -11,12 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from fedjax_rec.data.clients import row_offsets
 from fedjax_rec.data.splits import Split
 from fedjax_rec.experiment import Experiment, RunConfig, check_memory, prepare
 from fedjax_rec.method import Method
-from fedjax_rec.rounds import State, local_round, publish, server_step
+from fedjax_rec.rounds import AXIS, State, local_round, publish, server_step
 from fedjax_rec.system import device_name, peak_memory_bytes, versions
 from fedjax_rec.validate import positive
 from fedjax_rec.workdir import write_json
@@ -61,8 +63,9 @@ def run(
     ready.evaluator.ranks(ready.key, state, rounds + 1, ready.eval_cohort)
     evaluation = time.perf_counter() - began
     clients = float(info["clients"])
-    samples = samples_per_round(ready.method, ready.split) * clients / ready.split.num_users
-    bandwidth = memory_bandwidth()
+    share = clients / ready.split.num_users
+    samples = samples_per_round(ready.method, ready.split) * share
+    bandwidth = memory_bandwidth(ready.engine.mesh)
     moved = rows_moved_bytes(ready.method, samples)
     result = {
         "method": config.method,
@@ -78,6 +81,7 @@ def run(
         "phases_s": phases,
         "evaluate_s": {"first": first_evaluation, "again": evaluation},
         "clients_per_s": clients / median,
+        "interactions_per_s": len(ready.split.train.item) * share / median,
         "samples_per_s": samples / median,
         "bytes": ready.engine.bytes_per_client(),
         "bytes_per_round": moved,
@@ -136,17 +140,21 @@ def rows_moved_bytes(method: Method, samples: float) -> float:
     return 3 * samples * getattr(method.config, "dim", 0) * 4
 
 
-def memory_bandwidth() -> float:
-    """Bytes per second of a large copy on the default devices, counting reads and writes; best of five."""
-    x = jnp.zeros(COPY_BYTES // 4)
+def memory_bandwidth(mesh: Mesh) -> float:
+    """Bytes per second of a large copy on all devices of the mesh at once, counting reads and writes; best of five."""
+    # virtual CPU devices share one memory; an accelerator copies so fast that the time of a call would count
+    devices, copies = (1, 1) if jax.default_backend() == "cpu" else (mesh.size, 20)
+    x = jnp.zeros(COPY_BYTES // 4 * devices, device=NamedSharding(mesh, P(AXIS)) if devices > 1 else None)
     copy = jax.jit(lambda x: x + 1)
     jax.block_until_ready(copy(x))
     times = []
     for _ in range(5):
         began = time.perf_counter()
-        jax.block_until_ready(copy(x))
+        for _ in range(copies):
+            made = copy(x)
+        jax.block_until_ready(made)
         times.append(time.perf_counter() - began)
-    return 2 * COPY_BYTES / min(times)
+    return 2 * COPY_BYTES * devices * copies / min(times)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -160,7 +168,8 @@ def table(result: dict[str, Any]) -> str:
         "round": f"median {result['round_s']['median'] * 1e3:.2f} ms, min {result['round_s']['min'] * 1e3:.2f}, "
         f"max {result['round_s']['max'] * 1e3:.2f}, n {result['round_s']['n']}",
         "of it": ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in result["phases_s"].items()),
-        "throughput": f"{result['clients_per_s']:,.0f} clients/s, {result['samples_per_s']:,.0f} samples/s",
+        "throughput": f"{result['clients_per_s']:,.0f} clients/s, {result['interactions_per_s']:,.0f} interactions/s, "
+        f"{result['samples_per_s']:,.0f} samples/s",
         "evaluation": f"{result['evaluate_s']['again'] * 1e3:.1f} ms",
         "bandwidth": f"{result['memory_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s measured; the rows a round must move "
         f"use {result['roofline_share']:.1%} of it",

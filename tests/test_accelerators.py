@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -81,3 +82,13 @@ def test_each_function_of_a_round_compiles_once():
         one.evaluator.ranks(one.key, state, round_ + 1)
     benchmark._phases(one, state, 1)
     assert [function._cache_size() - held for function, held in zip(functions, before, strict=True)] == [1, 1, 1]
+
+
+def test_bandwidth_is_that_of_all_devices_of_the_mesh(monkeypatch):
+    mesh, calls = rounds.clients_mesh(4), []
+    monkeypatch.setattr(benchmark, "COPY_BYTES", 2**12)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(benchmark.time, "perf_counter", itertools.count().__next__)
+    monkeypatch.setattr(benchmark.jax, "block_until_ready", calls.append)
+    assert benchmark.memory_bandwidth(mesh) == 2 * 2**12 * 4 * 20
+    assert {len(x.sharding.device_set) for x in calls} == {4} and calls[0].nbytes == 4 * 2**12

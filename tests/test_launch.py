@@ -373,9 +373,9 @@ def test_benchmark_mode_writes_what_it_promises(folder):
     assert "clients/s" in output
     result = json.loads((folder / "speed" / "benchmark.json").read_text())
     promised = (
-        "method dataset clients samples_per_round compile_s first_round_s round_s clients_per_s samples_per_s "
-        "bytes_per_round memory_bandwidth_bytes_per_s roofline_share numpy_loop_round_s peak_memory_bytes versions "
-        "device"
+        "method dataset clients samples_per_round compile_s first_round_s round_s clients_per_s interactions_per_s "
+        "samples_per_s bytes_per_round memory_bandwidth_bytes_per_s roofline_share numpy_loop_round_s "
+        "peak_memory_bytes versions device"
     )
     assert set(promised.split()) <= result.keys()
     assert result["round_s"].keys() >= {"median", "min", "max", "n"}
@@ -383,6 +383,7 @@ def test_benchmark_mode_writes_what_it_promises(folder):
     # 30 users' training items, each with the default four negatives
     rows = (folder / "tiny.csv").read_text().count("\n") - 1
     assert result["samples_per_round"] == 5 * (rows - 2 * 30)
+    assert np.isclose(result["samples_per_s"], 5 * result["interactions_per_s"])
     assert result["round_s"]["min"] <= result["round_s"]["median"] <= result["round_s"]["max"]
 
 
