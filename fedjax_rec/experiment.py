@@ -289,7 +289,11 @@ def prepare(config: RunConfig, data: tuple | None = None) -> Experiment:
         method = mechanisms.private(method, config.mechanism, split.num_users)
     devices = config.devices or len(jax.devices())
     if devices > len(jax.devices()):
-        raise UsageError(f"--devices={devices}: only {len(jax.devices())} are there; give at most that, or 0 for all")
+        # what was trained on several is also judged on so many
+        raise UsageError(
+            f"--devices={devices}: only {len(jax.devices())} are there; give at most that, or 0 for all; a CPU makes "
+            f"them with JAX_PLATFORMS=cpu and --cpu_devices={devices}"
+        )
     population = clients_module.build(
         split, negative_pool=chosen.negative_pool, num_devices=devices, max_buckets=config.max_buckets
     )
