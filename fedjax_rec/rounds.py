@@ -189,10 +189,11 @@ class Engine:
         for bucket, block in zip(self.clients.buckets, self.block, strict=True):
             mask = chosen[bucket.user].reshape(devices, -1)
             most = -(-mask.shape[1] // block) * block
-            order = np.argsort(~mask, axis=1, kind="stable")
-            order = np.where(np.take_along_axis(mask, order, 1), order, mask.shape[1])
-            padded = np.pad(order, ((0, 0), (0, most - mask.shape[1])), constant_values=mask.shape[1])
-            positions.append(padded.reshape(-1).astype(np.int32))
+            padded = np.full((devices, most), mask.shape[1], np.int32)
+            for row, chosen_here in zip(padded, mask, strict=True):
+                at = np.flatnonzero(chosen_here)
+                row[: len(at)] = at
+            positions.append(padded.reshape(-1))
             blocks.append((-(-mask.sum(1) // block)).astype(np.int32))
         sharding = NamedSharding(self.mesh, P(AXIS))
         return Cohort(*jax.device_put((tuple(positions), tuple(blocks)), sharding))
