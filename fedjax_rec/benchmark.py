@@ -33,8 +33,9 @@ def run(
     """Times `rounds` rounds of training after the first one; writes benchmark.json into the workdir.
 
     Returns:
-        times in seconds (median, min, max over the timed rounds, each waited for; `phases_s`: the same rounds' three
-        compiled functions waited for one by one), throughputs per second, bytes,
+        times in seconds (median, min, max over the timed rounds, each waited for; `unwaited`: the mean of as many
+        rounds of which only the last is waited for, as the device alone needs them; `phases_s`: rounds' three compiled
+        functions waited for one by one), throughputs per second by the median, bytes,
         and the first of these rounds, with its cohort, as a NumPy loop over clients (None for methods it does not
         know).
     """
@@ -54,6 +55,11 @@ def run(
         state, info = jax.block_until_ready(ready.engine.round(ready.key, state, round_, cohort))
         times.append(time.perf_counter() - began)
     median = float(np.median(times))
+    began = time.perf_counter()
+    for round_ in range(rounds + 1, 2 * rounds + 1):  # the host runs ahead of the device
+        state, info = ready.engine.round(ready.key, state, round_, _cohort(ready, round_))
+    jax.block_until_ready((state, info))
+    unwaited = (time.perf_counter() - began) / rounds
     phases, state = _phases(ready, state, rounds)
     peak = peak_memory_bytes()
     began = time.perf_counter()
@@ -77,7 +83,7 @@ def run(
         "compile_s": max(first - median, 0.0),
         "init_s": init_s,
         "first_round_s": first,
-        "round_s": {"median": median, "min": min(times), "max": max(times), "n": rounds},
+        "round_s": {"median": median, "min": min(times), "max": max(times), "n": rounds, "unwaited": unwaited},
         "phases_s": phases,
         "evaluate_s": {"first": first_evaluation, "again": evaluation},
         "clients_per_s": clients / median,
@@ -166,7 +172,8 @@ def table(result: dict[str, Any]) -> str:
         "device": f"{result['devices']} x {result['device']}",
         "first round": f"{result['first_round_s']:.2f} s (compilation {result['compile_s']:.2f} s)",
         "round": f"median {result['round_s']['median'] * 1e3:.2f} ms, min {result['round_s']['min'] * 1e3:.2f}, "
-        f"max {result['round_s']['max'] * 1e3:.2f}, n {result['round_s']['n']}",
+        f"max {result['round_s']['max'] * 1e3:.2f}, n {result['round_s']['n']}; "
+        f"waited for at the end alone {result['round_s']['unwaited'] * 1e3:.2f} ms",
         "of it": ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in result["phases_s"].items()),
         "throughput": f"{result['clients_per_s']:,.0f} clients/s, {result['interactions_per_s']:,.0f} interactions/s, "
         f"{result['samples_per_s']:,.0f} samples/s",

@@ -193,6 +193,13 @@ class Run:
     round: int
     summary: dict[str, Any] | None
 
+    def __repr__(self) -> str:
+        config, split = self.config, self.experiment.split
+        return (
+            f"Run({config.method} on {config.dataset}, {split.num_users:,} users, {split.num_items:,} items, "
+            f"seed {config.seed}, round {self.round})"
+        )
+
     @property
     def config(self) -> RunConfig:
         return self.experiment.config

@@ -7,7 +7,7 @@ Ranks come as [users, targets], NaN where a user has fewer targets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,35 @@ WORST_SHARE = 0.1
 NDCGS = ("correct", "released")
 
 
+def _discounts(k: int) -> np.ndarray:
+    return 1.0 / np.log2(np.arange(2, k + 2))
+
+
+def _ideal(targets: np.ndarray, k: int) -> np.ndarray:
+    """The largest DCG@k with so many targets."""
+    return np.cumsum(_discounts(k))[np.clip(targets, 1, k) - 1]
+
+
+def _ndcg(hits: np.ndarray, targets: np.ndarray, k: int) -> np.ndarray:
+    return np.where(hits <= k, 1.0 / np.log2(np.minimum(hits, k) + 1.0), 0.0).sum(1) / _ideal(targets, k)
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
+    "HR": lambda hits, targets, k: (hits <= k).any(1).astype(float),
+    "Recall": lambda hits, targets, k: (hits <= k).sum(1) / np.maximum(targets, 1),
+    "Precision": lambda hits, targets, k: (hits <= k).sum(1) / k,
+    "NDCG": _ndcg,
+}
+"""Metrics at a cut-off: name -> function of (ranks of the k best targets [users, <= k], ascending, inf where there are
+fewer; number of targets [users]; k) to values [users]. One that is added here is recorded with the others and
+may select rounds."""
+
+
 def per_client(ranks: np.ndarray, ks: tuple[int, ...], ndcg: str = "correct") -> dict[str, np.ndarray]:
     """Every metric for every client, [users]; NaN for a client without targets.
 
     HR@k: any hit. Recall@k: hits / targets. Precision@k: hits / k. NDCG@k: sum of 1 / log2(rank + 1) over hits,
-    over its largest possible value. MRR: 1 / best rank.
+    over its largest possible value. MRR: 1 / best rank. Those of METRICS besides.
 
     `ndcg="released"` adds NDCG_released@k, what the evaluators released with IFedRec and MDiffFR call NDCG: they take
     the k items in the order of their ids, not of their ranks. Ids are shuffled here, so this is its mean over all
@@ -28,24 +52,17 @@ def per_client(ranks: np.ndarray, ks: tuple[int, ...], ndcg: str = "correct") ->
     """
     known = ~np.isnan(ranks)
     targets = known.sum(1)
-    counted = targets > 0
-    safe = np.sort(np.where(known, ranks, np.inf), axis=1)
-    nan_where_empty = lambda x: np.where(counted, x, np.nan)
-    best = safe.min(1, initial=np.inf)
+    nan_where_empty = lambda x: np.where(targets > 0, x, np.nan)
+    ascending = np.sort(np.where(known, ranks, np.inf), axis=1)
     values = {}
     for k in ks:
-        best_k = safe[:, :k]  # tied targets can share a rank <= k, but a list holds only k of them
-        hit = best_k <= k
-        gains = np.where(hit, 1.0 / np.log2(np.where(hit, best_k, 1.0) + 1.0), 0.0).sum(1)
-        discounts = 1.0 / np.log2(np.arange(2, k + 2))
-        ideal = np.cumsum(discounts)[np.clip(targets, 1, k) - 1]
-        values[f"HR@{k}"] = nan_where_empty(hit.any(1).astype(float))
-        values[f"Recall@{k}"] = nan_where_empty(hit.sum(1) / np.maximum(targets, 1))
-        values[f"Precision@{k}"] = nan_where_empty(hit.sum(1) / k)
-        values[f"NDCG@{k}"] = nan_where_empty(gains / ideal)
+        best = ascending[:, :k]  # tied targets can share a rank <= k, but a list holds only k of them
+        for name, metric in METRICS.items():
+            values[f"{name}@{k}"] = nan_where_empty(metric(best, targets, k))
         if ndcg == "released":
-            values[f"NDCG_released@{k}"] = nan_where_empty(hit.sum(1) * discounts.mean() / ideal)
-    values["MRR"] = nan_where_empty(1.0 / best)
+            hits = (best <= k).sum(1)
+            values[f"NDCG_released@{k}"] = nan_where_empty(hits * _discounts(k).mean() / _ideal(targets, k))
+    values["MRR"] = nan_where_empty(1.0 / ascending.min(1, initial=np.inf))
     return values
 
 

@@ -7,11 +7,13 @@ nothing; a protocol under which they do well leaks.
     least_sampled    items by how rarely they were drawn as this user's negative: wins where held-out items are
                      never negatives. Replays the method's draws from its keys.
     content_profile  cosine of the item's features with the mean features of the user's history
+    content_centred  the same without the features' common direction (CLIP rows share most of theirs)
+    others           what a program puts into RANKERS
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,9 @@ from fedjax_rec.method import all_batches
 from fedjax_rec.rounds import Cohort, client_key, streams
 from fedjax_rec.types import PRNGKey
 
+RANKERS: dict[str, Callable[[Evaluator, Cohort | None], Ranks | None]] = {}
+"""Further rankers for every result: name -> function of the evaluator and the clients to judge (None: all). None leaves
+it out. `same_for_all` makes one of a score for each item; scores that differ by user: Evaluator.ranks_of."""
 RANDOM_REPEATS = 20
 MAX_REPLAYED = 10**9  # draws of least_sampled; beyond, it is judged on a sample of clients
 
@@ -67,13 +72,26 @@ def _least_sampled_scores(engine, replicated, took_part, slot, record, size, ste
     return -jax.lax.fori_loop(0, rounds, one_round, jnp.zeros(spec.num_items))
 
 
-def stacked_features(features: Mapping[str, Features]) -> Float[Array, "items feat"]:
-    """All modalities side by side, each row of each modality scaled to length 1."""
+def unit_rows(values: np.ndarray) -> np.ndarray:
+    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
+
+
+def stacked_features(features: Mapping[str, Features], common: np.ndarray | None = None) -> Float[Array, "items feat"]:
+    """All modalities side by side, each row of each modality scaled to length 1.
+
+    Args:
+        common: bool [items]; the mean row of these is taken from all, and what is left scaled again.
+    """
     parts = []
     for feature in features.values():
-        length = np.linalg.norm(feature.values, axis=1, keepdims=True)
-        parts.append(feature.values / np.maximum(length, 1e-12))
+        rows = unit_rows(feature.values)
+        parts.append(rows if common is None else unit_rows(rows - rows[common].mean(0)))
     return jnp.asarray(np.concatenate(parts, axis=1), jnp.float32)
+
+
+def same_for_all(evaluator: Evaluator, scores: np.ndarray, cohort: Cohort | None = None) -> Ranks:
+    """Ranks by one score for each item [items], whoever the user is."""
+    return evaluator.ranks_of(_shared_scores, jnp.asarray(scores, jnp.float32), (), cohort)
 
 
 def popularity_rankers(evaluator: Evaluator, cohort: Cohort | None = None) -> dict[str, Ranks]:
@@ -81,9 +99,7 @@ def popularity_rankers(evaluator: Evaluator, cohort: Cohort | None = None) -> di
     counts = popularity_of(evaluator.split).astype(np.float32)
     first = np.where(counts == 0, 2 * counts.max() + 1, counts)
     scored = {"popularity": counts, "unseen_first": first}
-    return {
-        name: evaluator.ranks_of(_shared_scores, jnp.asarray(s, jnp.float32), (), cohort) for name, s in scored.items()
-    }
+    return {name: same_for_all(evaluator, scores, cohort) for name, scores in scored.items()}
 
 
 def random_ranker(evaluator: Evaluator, seed: int = 0, cohort: Cohort | None = None) -> list[Ranks]:
@@ -92,13 +108,15 @@ def random_ranker(evaluator: Evaluator, seed: int = 0, cohort: Cohort | None = N
     return [evaluator.ranks_of(_random_scores, key, (), cohort) for key in keys]
 
 
-def content_profile(
+def content_rankers(
     evaluator: Evaluator, features: Mapping[str, Features], cohort: Cohort | None = None
-) -> Ranks | None:
-    """Ranks by content alone, or None without features."""
+) -> dict[str, Ranks]:
+    """content_profile and content_centred; nothing without features."""
     if not features:
-        return None
-    return evaluator.ranks_of(_content_scores, stacked_features(features), (), cohort)
+        return {}
+    trained = popularity_of(evaluator.split) > 0
+    told = {"content_profile": stacked_features(features), "content_centred": stacked_features(features, trained)}
+    return {name: evaluator.ranks_of(_content_scores, rows, (), cohort) for name, rows in told.items()}
 
 
 def least_sampled(

@@ -83,9 +83,9 @@ def reference_results(ready: Experiment, rounds: int) -> dict[str, Any]:
     said = {n: results_of(ready, r) for n, r in reference.popularity_rankers(evaluator, cohort).items()}
     draws = [results_of(ready, r) for r in reference.random_ranker(evaluator, ready.config.seed, cohort)]
     said["random"] = jax.tree.map(lambda *values: float(np.mean(values)), *draws)
-    content = reference.content_profile(evaluator, ready.features, cohort)
-    if content is not None:
-        said["content_profile"] = results_of(ready, content)
+    content = reference.content_rankers(evaluator, ready.features, cohort)
+    own = {name: ranker(evaluator, cohort) for name, ranker in reference.RANKERS.items()}
+    said |= {name: results_of(ready, ranks) for name, ranks in (content | own).items() if ranks is not None}
     users = None
     share = reference.affordable_share(evaluator, rounds)
     if share < 1 and cohort is None:

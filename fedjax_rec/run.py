@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,7 +84,9 @@ def better(protocol_: Protocol, new: float, best: Best | None) -> bool:
 
 def train(config: RunConfig, workdir: str | os.PathLike | None = None, **options: Any) -> dict[str, Any]:
     """`train_state` without the state: runs `config` and returns its summary."""
-    return train_state(config, workdir, **options)[0]
+    summary, ready, _ = train_state(config, workdir, **options)
+    ready.release()
+    return summary
 
 
 def train_state(
@@ -133,7 +136,8 @@ def train_state(
     log = MetricsLog(folder, done) if folder is not None else _MemoryLog()
     timing = {"compile": None}
     bar = tqdm(total=config.rounds, initial=done, unit="round", disable=not progress, dynamic_ncols=True)
-    saved = done
+    resumed_at = saved = done
+    bar.set_description("compiling")
     with StopSignal() as stop:
         try:
             while not _finished(config, best, done):
@@ -154,10 +158,14 @@ def train_state(
             log.close()
             if held is not None:
                 held.close()
+    if progress and finished and references:
+        print("judging the training-free rankers", file=sys.stderr)
     rankers = reference_results(ready, best.round) if finished and references and best else {}
     summary = summarise(ready, log.lines, best, done, rankers, timing)
     summary["status"] = "done" if finished else STOPPED
-    summary["seconds"]["total"] = time.perf_counter() - started
+    earlier = [line["seconds"] for line in log.lines if line["round"] <= resumed_at]  # of processes before this one
+    spent = sum(seconds["train"] + seconds.get("evaluate", 0.0) for seconds in earlier)
+    summary["seconds"]["total"] = time.perf_counter() - started + spent
     if folder is not None and finished:
         write_npz(folder / "per_client.npz", per_client_table(ready, best))
         write_json(folder / "summary.json", summary)
@@ -334,6 +342,7 @@ def _check_finite(ranks: Ranks, rounds: int) -> None:
 def _show(bar: tqdm, line: Mapping[str, Any], config: RunConfig) -> None:
     if "valid" in line:
         bar.last_metric = {f"valid {config.select_metric}": f"{metrics.read(line['valid'], config.select_metric):.4f}"}
+    bar.set_description("training")
     bar.set_postfix({"loss": f"{line['loss']:.4f}", **getattr(bar, "last_metric", {})}, refresh=False)
     bar.update()
 

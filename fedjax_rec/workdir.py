@@ -62,6 +62,10 @@ def claim(folder: Path, config: Mapping[str, Any]) -> None:
     path = folder / "config.json"
     given = json.loads(json.dumps(config))
     if not path.exists():
+        if any(folder.glob("seed_*/config.json")):
+            raise UsageError(
+                f"{folder} holds runs of several seeds: use another --workdir, or --seeds=n to go on with it"
+            )
         write_json(path, given)
         return
     differing = differences(read_config(folder), given, "there", "given")

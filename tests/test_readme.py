@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedjax_rec import methods, metrics, rounds, run
+from fedjax_rec import methods, metrics, reference, rounds, run
 from fedjax_rec.data import clients, splits, synthetic
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -15,9 +15,14 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
 @pytest.fixture
-def entered(monkeypatch):
-    """What an example enters among the methods is taken out again."""
-    monkeypatch.setitem(methods.METHODS, "my_method", None)
+def entered():
+    """What an example enters among the methods, metrics and rankers is taken out again."""
+    registries = methods.METHODS, metrics.METRICS, reference.RANKERS
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, held in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(held)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[0])
@@ -26,7 +31,7 @@ def test_example_runs(block, capsys, entered):
     exec(compile(block, "README.md", "exec"), namespace)
     printed = [float(word) for word in capsys.readouterr().out.split() if re.fullmatch(r"[\d.]+", word)]
     assert all(0 < value < 1 for value in printed)
-    assert "my_method" in namespace or printed or "engine" in namespace
+    assert printed or {"my_method", "engine", "rare_first"} & namespace.keys()
 
 
 def test_the_new_method_of_the_readme_trains(entered):
@@ -36,7 +41,7 @@ def test_the_new_method_of_the_readme_trains(entered):
     split = splits.leave_one_out(synthetic.make().interactions)
     method = methods.build("my_method", split.num_users, split.num_items)
     engine = rounds.make_engine(method, clients.build(split, max_buckets=1))
-    from fedjax_rec import evaluate, reference
+    from fedjax_rec import evaluate
 
     evaluator = evaluate.make_evaluator(engine, split)
     key = run.jax.random.key(0)
@@ -46,3 +51,16 @@ def test_the_new_method_of_the_readme_trains(entered):
     found = metrics.summarise(evaluator.ranks(key, state, 40).test, (10,))["HR@10"]
     popular = metrics.summarise(reference.popularity_rankers(evaluator)["popularity"].test, (10,))["HR@10"]
     assert found > popular
+
+
+def test_the_metric_and_the_ranker_of_the_readme_stand_with_the_others(entered):
+    exec(next(block for block in BLOCKS if "rare_first" in block), {})
+    reference.RANKERS["nothing"] = lambda evaluator, cohort: None
+    config = run.RunConfig(rounds=2, eval_every=1, select_metric="RR@50", settings={"dim": 4}, devices=1)
+    summary = run.train(config)
+    said = summary["reference_rankers"]
+    assert "nothing" not in said
+    rare, chance, popular = (said[name]["test_seen"]["MRR"] for name in ("rare_first", "random", "popularity"))
+    assert rare < chance < popular
+    assert 0 < summary["valid"]["RR@50"] <= summary["valid"]["HR@50"]
+    assert summary["valid"]["RR@50"] <= summary["valid"]["MRR"]

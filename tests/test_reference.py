@@ -75,24 +75,38 @@ def test_unseen_first_then_by_popularity():
     assert_ranks(ranked, lambda user, item: 10**6 if often[item] == 0 else often[item])
 
 
-def test_content_profile_is_the_cosine_with_the_mean_of_the_history():
+def content():
     rng = np.random.default_rng(0)
-    image, text = rng.normal(size=(ITEMS, 6)), 5 * rng.normal(size=(ITEMS, 3))
+    image, text = rng.normal(size=(ITEMS, 6)), 5 * rng.normal(size=(ITEMS, 3)) + 4  # text with a common direction
     known = np.ones(ITEMS, bool)
-    features = {n: Features(v.astype(np.float32), known, n) for n, v in {"image": image, "text": text}.items()}
-    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
-    rows = unit(np.concatenate([unit(image), unit(text)], axis=1))
+    return {n: Features(v.astype(np.float32), known, n) for n, v in {"image": image, "text": text}.items()}
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_content_rankers_are_the_cosine_with_the_mean_of_the_history(centred):
+    parts, trained = (
+        [unit(feature.values.astype(float)) for feature in content().values()],
+        np.unique(split().train.item),
+    )
+    if centred:
+        parts = [unit(part - part[trained].mean(0)) for part in parts]
+    rows = np.concatenate(parts, axis=1) / np.sqrt(2)
     histories = [split().train.item[split().train.user == user] for user in range(USERS)]
 
     def score(user, item):
         # rounded, so that float32 and float64 agree on what is greater; no two scores here are so close
         return round(float(rows[item] @ unit(rows[histories[user]].mean(0))), 6)
 
-    assert_ranks(reference.content_profile(evaluator(), features), score)
+    name = "content_centred" if centred else "content_profile"
+    assert_ranks(reference.content_rankers(evaluator(), content())[name], score)
 
 
-def test_without_features_there_is_no_content_profile():
-    assert reference.content_profile(evaluator(), {}) is None
+def test_without_features_there_are_no_content_rankers():
+    assert reference.content_rankers(evaluator(), {}) == {}
 
 
 # ---- random --------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -489,7 +490,7 @@ def test_the_summary_has_all_promised_keys(finished):
     assert set(promised.split()) <= summary.keys()
     assert {"compile", "train_round_median", "eval_median", "total"} <= summary["seconds"].keys()
     assert {"up", "down"} <= summary["bytes"].keys()
-    names = ["random", "popularity", "unseen_first", "least_sampled", "content_profile"]
+    names = ["random", "popularity", "unseen_first", "least_sampled", "content_profile", "content_centred"]
     assert sorted(summary["reference_rankers"]) == sorted(names)
     for said in (summary, *summary["reference_rankers"].values()):
         for part in ("valid", "test", "test_seen", "test_unseen"):
@@ -738,3 +739,14 @@ def test_features_of_a_file_join_the_items_and_stand_in_for_the_data_sets_own(tm
     np.testing.assert_allclose(given["tags"].values[0], values[:-1].mean(0))
     said = RunConfig(features={"tags": str(path)}).recorded()
     assert said["features"] == {"tags": str(path)} and "features" not in RunConfig().recorded()
+
+
+def test_run_after_run_does_not_fill_the_devices():
+    def held():
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    run.train(BASE, references=False)
+    before = held()
+    for seed in (1, 2):
+        run.train(dataclasses.replace(BASE, seed=seed), references=False)
+    assert held() < before + 1000

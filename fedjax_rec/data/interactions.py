@@ -106,6 +106,11 @@ class Interactions:
     filters: Filters = Filters()
     timed: bool = True
 
+    def __repr__(self) -> str:
+        return (
+            f"Interactions({self.name}, {self.num_users:,} users, {self.num_items:,} items, {len(self.user):,} pairs)"
+        )
+
     @property
     def num_users(self) -> int:
         return len(self.user_ids)
