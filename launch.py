@@ -175,7 +175,8 @@ def again(what: str) -> int:
 
 def workdir() -> str:
     if not FLAGS.workdir:
-        raise ValueError(f"--mode={FLAGS.mode}: expected --workdir, where the results go")
+        asked = f"--seeds={FLAGS.seeds}" if FLAGS.seeds and FLAGS.mode == "train" else f"--mode={FLAGS.mode}"
+        raise ValueError(f"{asked}: expected --workdir, where the results go")
     return FLAGS.workdir
 
 

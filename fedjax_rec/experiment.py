@@ -23,7 +23,7 @@ from fedjax_rec.evaluate import Evaluator, make_evaluator
 from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.item_sources.views import ID
 from fedjax_rec.method import Method
-from fedjax_rec.methods import METHODS, assemble, make_config
+from fedjax_rec.methods import assemble, check_name, make_config
 from fedjax_rec.privacy import mechanisms
 from fedjax_rec.protocols import Protocol, describe, protocol
 from fedjax_rec.rounds import Cohort, Engine, make_engine
@@ -96,7 +96,7 @@ class RunConfig:
     dp_delta: float = 1e-5
 
     def __post_init__(self):
-        one_of("method", self.method, METHODS)
+        check_name(self.method)
         one_of("split", self.split, ("leave_one_out", "given", "cold_items"))
         one_of("protocol", self.protocol, ("honest", "published"))
         one_of("ranking", self.ranking, ("full", "sampled_99"))

@@ -99,7 +99,7 @@ BAD = {
     "missing file": (["--dataset=nowhere/a.csv"], "nowhere/a.csv"),
     "missing flagfile": (["--flagfile=nowhere.flags"], "nowhere.flags"),
     "evaluate nothing": (["--mode=evaluate"], "--workdir"),
-    "seeds without a workdir": (["--seeds=3"], "expected --workdir"),
+    "seeds without a workdir": (["--seeds=3"], "--seeds=3: expected --workdir"),
     "negative seeds": (["--seeds=-1", "--workdir=nowhere"], "seeds=-1"),
     "search without a workdir": (["--mode=search", "--grid=lr=1,2"], "expected --workdir"),
     "search without a grid": (["--mode=search", "--workdir=nowhere"], "--grid: expected at least one setting"),

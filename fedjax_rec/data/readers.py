@@ -169,9 +169,11 @@ def _roles(names: Iterable[str], path: Path) -> dict[str, str]:
         if matches:
             roles[matches[0]] = role
         elif role in ("user", "item"):
+            merged = len(names) == 1 and any(mark in names[0] for mark in ";|\t,")
+            remedy = "separate columns by commas (.inter: tabs)" if merged else "add or rename the column"
             raise DataError(
                 f"{path}, line 1: no {role} column among {names}, expected a header with one of "
-                f"{', '.join(aliases)}; add or rename the column"
+                f"{', '.join(aliases)}; {remedy}"
             )
     return roles
 

@@ -78,9 +78,9 @@ def leave_one_out(interactions: Interactions, ties: str = "later_row") -> Split:
         # min_user cannot remove a user who has rows enough: they repeat items, or another filter took them afterwards.
         plain = not interactions.counts.get("duplicates") and interactions.filters == Filters()
         remedy = (
-            "raise the filter min_user to 3 or more (it counts rows, duplicates included)"
+            "set --filter min_user=3 or more (it counts rows, duplicates included)"
             if plain
-            else "raise the filter min_pairs to 3 or more (it counts distinct items; min_user counts rows)"
+            else "set --filter min_pairs=3 or more (it counts distinct items; min_user counts rows)"
         )
         raise DataError(
             f"{interactions.name}: {len(short)} of {interactions.num_users} users have fewer than 3 pairs, e.g. "

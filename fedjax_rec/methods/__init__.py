@@ -71,13 +71,19 @@ ALIASES = {"mdiffr": "mdifffr", "light_mdiffr": "light_mdifffr"}
 METHODS |= {alias: METHODS[name] for alias, name in ALIASES.items()}
 
 
+def check_name(name: str) -> None:
+    """That there is such a method; ValueError lists those that are, each once."""
+    if name not in METHODS:
+        one_of("method", name, (known for known in METHODS if known not in ALIASES))
+
+
 def make_config(name: str, settings: Mapping[str, Any]) -> LocalConfig:
     """The method's configuration with `settings` (strings or values) replacing defaults.
 
     Raises:
         ValueError: for an unknown method or setting (naming the nearest known one) or a value of the wrong type.
     """
-    one_of("method", name, METHODS)
+    check_name(name)
     entry = METHODS[name]
     default = entry.presets.get(settings.get("preset"), entry.config)
     known = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}

@@ -249,6 +249,7 @@ BROKEN = {
     "not a time": ("ml-100k", "u.data", "1\t2\t3\tnan\n", 1, "'nan'", "a number", CORRECT),
     "empty file": ("ml-100k", "u.data", "", 1, "is empty", "one interaction per line", AGAIN),
     "not text": ("ku", "inter.csv", b"userID,itemID\n1,2\n\xff,3\n", 3, "0xff", "text", "save the file"),
+    "semicolons": ("ku", "inter.csv", "user;item\n1;2\n", 1, "no user column", "userid", "separate columns by commas"),
     "missing column": ("ku", "inter.csv", "userID,rating\n1,2\n", 1, "no item column", "itemid", "add or rename"),
     "bad label": ("ku", "inter.csv", "userID,itemID,split_label\n1,2,0\n1,3,7\n", 3, "7", "2 (test)", CORRECT),
     "missing time": ("ku", "inter.csv", "userID,itemID,timestamp\n1,2,9\n1,3,\n", 3, "is empty", "a time", CORRECT),

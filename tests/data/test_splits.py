@@ -90,7 +90,7 @@ def test_without_time_the_order_of_rows_is_named():
 
 def test_short_histories_name_the_remedy():
     frame = pd.DataFrame({"user": [7, 7, 7, 8, 8], "item": [1, 2, 3, 1, 2]})
-    message = r"toy: 1 of 2 users have fewer than 3 pairs, e\.g\. user 8 has 2, .*raise the filter min_user"
+    message = r"toy: 1 of 2 users have fewer than 3 pairs, e\.g\. user 8 has 2, .*set --filter min_user=3"
     with pytest.raises(DataError, match=message):
         splits.leave_one_out(from_frame(frame, "toy"))
     assert len(splits.leave_one_out(from_frame(frame, "toy", Filters(min_user=3))).train.user) == 1
@@ -99,9 +99,9 @@ def test_short_histories_name_the_remedy():
 def test_short_histories_with_repeated_items_name_min_pairs():
     frame = pd.DataFrame({"user": [7, 7, 7] + [8] * 20, "item": [1, 2, 3] + [1] * 20})
     for filters in (Filters(), Filters(min_user=10)):
-        with pytest.raises(DataError, match=r"user 8 has 1, .*raise the filter min_pairs to 3"):
+        with pytest.raises(DataError, match=r"user 8 has 1, .*set --filter min_pairs=3"):
             splits.leave_one_out(from_frame(frame, "toy", filters))
-    with pytest.raises(DataError, match=r"user 8 has 1, .*raise the filter min_pairs to 3"):
+    with pytest.raises(DataError, match=r"user 8 has 1, .*set --filter min_pairs=3"):
         frame = pd.DataFrame({"user": [8, 8, 8, 7, 7, 7, 6, 6, 6], "item": [1, 4, 5, 1, 2, 3, 1, 2, 3]})
         splits.leave_one_out(from_frame(frame, "toy", Filters(min_user=3, min_item=2)))
     split = splits.leave_one_out(from_frame(frame, "toy", Filters(min_item=2, min_pairs=3)))
