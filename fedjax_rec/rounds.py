@@ -261,6 +261,13 @@ def row_bytes(engine: Engine) -> int:
     return sum(int(np.prod(x.shape[1:])) * x.dtype.itemsize for x in jax.tree.leaves(tables))
 
 
+def network_bytes(engine: Engine) -> int:
+    """Bytes of all that a client holds in a round beside item rows."""
+    state, shared = _shapes(engine.method)
+    trees = each_round(engine.method, shared), state.clients
+    return sum(_bytes(v) for tree in trees for role, v in tree.items() if role not in ITEM_ROLES)
+
+
 def _shapes(method: Method) -> tuple[State, Params]:
     """Shapes of the server with one client, and of what is published."""
 
@@ -656,9 +663,10 @@ def _memory_bytes(engine: Engine) -> dict[str, int]:
     method, spec = engine.method, engine.clients
     state, _ = _shapes(method)
     row = row_bytes(engine)
-    # a block holds its rows before and after training, their change, and the batch's vectors with gradients
+    # a block holds rows and networks before and after training, their change, and the batch's vectors with gradients
+    networks = 4 * network_bytes(engine)
     in_flight = max(
-        block * (4 * size.rows + 3 * size.batch) * row + block * 16 * (size.epoch + size.draws)
+        block * ((4 * size.rows + 3 * size.batch) * row + networks + 16 * (size.epoch + size.draws))
         for size, block in zip(engine.sizes, engine.block, strict=True)
     )
     if method.exchange:

@@ -671,6 +671,16 @@ def test_tables_that_do_not_fit_are_answered_with_a_width_that_does(monkeypatch)
     assert make_engine(narrow, wide.clients, block_size=1).memory_bytes()["total"] <= have
 
 
+def test_the_networks_of_a_block_are_counted():
+    blocks = []
+    for layers in ((8,), (512, 256)):
+        settings = {"dim": 4, "branches": "mlp", "layers": layers}
+        blocks.append(
+            run.prepare(config(method="fedncf", settings=settings, block_size=8)).engine.memory_bytes()["block"]
+        )
+    assert blocks[1] - blocks[0] > 4 * 8 * 512 * 256 * 4
+
+
 # ---- configuration -------------------------------------------------------------------------------------------
 
 
