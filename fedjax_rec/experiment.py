@@ -186,14 +186,6 @@ class Experiment:
         rng = np.random.default_rng([self.config.seed, round_])
         return np.sort(rng.choice(self.split.num_users, count, replace=False))
 
-    def release(self) -> None:
-        """Frees the data on the devices, after which nothing can be run. Compiled functions hold their engine as long
-        as the process lives, so that run after run would fill the devices."""
-        engine, judge = self.engine, self.evaluator
-        held = engine.buckets, engine.pool, engine.everybody, judge.targets, judge.known, judge.candidates
-        for array in jax.tree.leaves(held):
-            array.delete()
-
 
 def cohort_size(clients_per_round: int | float, num_users: int) -> int:
     """Clients in a round.

@@ -84,9 +84,7 @@ def better(protocol_: Protocol, new: float, best: Best | None) -> bool:
 
 def train(config: RunConfig, workdir: str | os.PathLike | None = None, **options: Any) -> dict[str, Any]:
     """`train_state` without the state: runs `config` and returns its summary."""
-    summary, ready, _ = train_state(config, workdir, **options)
-    ready.release()
-    return summary
+    return train_state(config, workdir, **options)[0]
 
 
 def train_state(

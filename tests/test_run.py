@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -749,14 +748,3 @@ def test_features_of_a_file_join_the_items_and_stand_in_for_the_data_sets_own(tm
     np.testing.assert_allclose(given["tags"].values[0], values[:-1].mean(0))
     said = RunConfig(features={"tags": str(path)}).recorded()
     assert said["features"] == {"tags": str(path)} and "features" not in RunConfig().recorded()
-
-
-def test_run_after_run_does_not_fill_the_devices():
-    def held():
-        return sum(array.nbytes for array in jax.live_arrays())
-
-    run.train(BASE, references=False)
-    before = held()
-    for seed in (1, 2):
-        run.train(dataclasses.replace(BASE, seed=seed), references=False)
-    assert held() < before + 1000
