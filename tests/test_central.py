@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from fedjax_rec import methods, metrics, reference, rounds
-from fedjax_rec.central import pointwise
+from fedjax_rec.central import epochs, pointwise
 from fedjax_rec.data import clients, splits, synthetic
 from fedjax_rec.evaluate import make_evaluator
 
@@ -47,10 +47,10 @@ def everybodys_samples(engine, state):
 @pytest.mark.parametrize("total", [1, 2, 97, 1000, 65521, 65521 * 3, 2**21 + 1])
 def test_the_lattice_meets_every_sample_once(total):
     for seed in range(3):
-        factor = int(pointwise.random_factor(jax.random.key(seed), jnp.uint32(total)))
+        factor = int(epochs.random_factor(jax.random.key(seed), jnp.uint32(total)))
         assert np.gcd(factor, total) == 1
     count = 500
-    found = pointwise.multiples(jnp.uint32(factor), count, jnp.uint32(total))
+    found = epochs.multiples(jnp.uint32(factor), count, jnp.uint32(total))
     np.testing.assert_array_equal(found, [factor * k % total for k in range(count)])
 
 

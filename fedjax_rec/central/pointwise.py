@@ -10,9 +10,8 @@ in mini-batches. It answers each user with the user's own vector, which is the u
 
 Follows: Koren, Bell and Volinsky 2009 (the inner product) and He et al., Neural Collaborative Filtering, WWW 2017
 (one table per branch, no pretraining), both with NCF's pointwise loss, sampled negatives and Adam.
-Deviations: the random order is a random lattice (index k of an epoch is sample (b + a k) mod the number of samples,
-a and b random, a coprime to it): no sort, and each batch is spread over the users. Before the first round, and for a
-user who joins later, the vector is the users' mean.
+Deviations: the random order is a random lattice (see epochs.py). Before the first round, and for a user who joins
+later, the vector is the users' mean.
 
 The optimiser steps on whole tables, so a mini-batch costs (users + items) dim. The server holds the samples as users x
 the longest client's samples.
@@ -25,14 +24,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int
 
-from fedjax_rec.aggregate import equal
 from fedjax_rec.backbones import Backbone
 from fedjax_rec.backbones.mf import matrix_factorisation
 from fedjax_rec.backbones.ncf import neural_cf
-from fedjax_rec.data.sampling import PRIMES
-from fedjax_rec.method import Aggregate, Aggregator, Batch, Method, Server, batch_at
+from fedjax_rec.central.epochs import all_samples, everybodys_samples, in_batches, places
+from fedjax_rec.method import Batch, Method, Server, batch_at
 from fedjax_rec.roles import OPTIMIZERS, binary_cross_entropy, masked_mean
 from fedjax_rec.sharing import LocalConfig, item_table
 from fedjax_rec.types import Params, PRNGKey, PyTree
@@ -87,47 +85,6 @@ def neumf(config: NeuMFConfig, num_users: int, num_items: int, name: str = "neum
     return _trained_on_the_server(config, backbone, num_users, num_items, name)
 
 
-def everybodys_samples() -> Aggregator:
-    """Keeps the samples of all clients: (item ids [clients, most], positives as -1 - id, and counts [clients])."""
-
-    def add(held, uploads, weights, rows, clients):
-        item, count = held
-        place = jnp.arange(uploads["samples"].shape[1])
-        item = item.at[clients[:, None], place].set(uploads["samples"], mode="drop")
-        return item, count.at[clients].set(uploads["count"], mode="drop")
-
-    return Aggregator(
-        init=lambda upload, num_items, num_clients: (
-            jnp.zeros((num_clients, *upload["samples"].shape), jnp.int32),
-            jnp.zeros(num_clients, jnp.int32),
-        ),
-        add=add,
-        merge=lambda held, axis: jax.tree.map(lambda x: jax.lax.all_gather(x, axis, tiled=True), held),
-        finish=lambda held, weight, count: Aggregate(held, weight, count),
-        weight=equal,
-        by_client=True,
-    )
-
-
-def random_factor(key: PRNGKey, total: UInt32[Array, ""]) -> UInt32[Array, ""]:
-    """A number below `total` (at least 1) that has no divisor in common with it."""
-    safe = jnp.maximum(total, 1)
-    primes = jnp.asarray(PRIMES)
-    pick = jax.random.randint(key, (2,), 0, len(PRIMES))
-    # two different primes of this size cannot both divide a number below 2**31
-    first, second = jnp.where(safe % primes[pick] == 0, primes[(pick + 1) % len(PRIMES)], primes[pick])
-    return (first * second) % safe
-
-
-def multiples(factor: UInt32[Array, ""], count: int, modulus: UInt32[Array, ""]) -> UInt32[Array, "count"]:
-    """factor k mod modulus for k = 0..count-1, by doubling: no product leaves 32 bits."""
-    found, stride = jnp.zeros(1, jnp.uint32), factor
-    while len(found) < count:
-        found = jnp.concatenate([found, (found + stride) % modulus])
-        stride = (stride + stride) % modulus
-    return found[:count]
-
-
 def epoch(
     key: PRNGKey,
     params: Params,
@@ -144,29 +101,17 @@ def epoch(
         samples, count: see everybodys_samples; client k's are the first count[k] of row k.
         objective: (params, users [batch], batch) -> scalar.
     """
-    k_factor, k_offset = jax.random.split(key)
-    ends = jnp.cumsum(count)
-    total = ends[-1].astype(jnp.uint32)
-    safe = jnp.maximum(total, 1)
-    factor = random_factor(k_factor, total)
-    steps = multiples(factor, batch_size, safe)
-    stride = (steps[-1] + factor) % safe
-    start = jax.random.bits(k_offset, (), jnp.uint32) % safe
 
-    def step(t, carry):
-        params, state, first = carry
-        index = ((first + steps) % safe).astype(jnp.int32)
-        mask = (t * batch_size + jnp.arange(batch_size) < total).astype(jnp.float32)
-        user = jnp.searchsorted(ends, index, side="right")
-        coded = samples[user, index - (ends - count)[user]]
+    def step(carry, index, mask, number):
+        params, state = carry
+        user, place = places(count, index)
+        coded = samples[user, place]
         batch = Batch(jnp.where(coded < 0, -1 - coded, coded), (coded < 0) * mask, mask)
         grads = jax.grad(objective)(params, user, batch)
         updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, (first + stride) % safe
+        return optax.apply_updates(params, updates), state
 
-    number = ((total + batch_size - 1) // batch_size).astype(jnp.int32)
-    params, state, _ = jax.lax.fori_loop(0, number, step, (params, state, start))
-    return params, state
+    return in_batches(key, count.sum(), batch_size, step, (params, state))
 
 
 def batch_objective(backbone: Backbone, l2: float):
@@ -200,12 +145,8 @@ def _trained_on_the_server(config: Config, backbone: Backbone, num_users: int, n
 
     def local_update(key, shared, params, data):
         batch = batch_at(data, jnp.int32(0))
-        item = data.rows[batch.item]
-        sent = {
-            "samples": jnp.where(batch.label > 0, -1 - item, item),
-            "count": batch.mask.sum().astype(jnp.int32),
-        }
-        return params, sent, {"loss": binary_cross_entropy(backbone.predict(params, params["item"][batch.item]), batch)}
+        loss = binary_cross_entropy(backbone.predict(params, params["item"][batch.item]), batch)
+        return params, all_samples(data), {"loss": loss}
 
     def server_update(key, server, received):
         samples, count = received.value

@@ -35,3 +35,15 @@ def need_features(catalogue: Catalogue, who: str) -> None:
             f"{who} item features and the data set has none: give some as --features=image=FILE.npz (README, Item "
             "features), or choose another --dataset or an ID-based --method"
         )
+
+
+def features_of(catalogue: Catalogue, who: str, *, centre: bool) -> dict[str, Float[np.ndarray, "items _"]]:
+    """Every modality's features, float32; with `centre` less their mean over the items that training may touch.
+
+    Raises:
+        ValueError: there are none.
+    """
+    need_features(catalogue, who)
+    warm = slice(None) if catalogue.warm is None else catalogue.warm
+    found = {name: np.asarray(catalogue.features[name], np.float32) for name in sorted(catalogue.features)}
+    return {name: values - values[warm].mean(0) if centre else values for name, values in found.items()}

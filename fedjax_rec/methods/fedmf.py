@@ -2,7 +2,8 @@
 
     p_u <- p_u - lr dL_u/dp_u      Q_u <- Q - lr_item dL_u/dQ      Q <- Q + sum_u w_u (Q_u - Q) / sum_u w_u
 
-with L_u the mean binary cross-entropy of sigmoid(p_u . q_i [+ b_u]) on the user's positives and sampled negatives.
+with L_u the mean binary cross-entropy of sigmoid(p_u . q_i [+ b_u]) on the user's positives and sampled negatives, plus
+l2 (|p_u|^2 + |q_i|^2) as in FCF's objective.
 
 Follows: Ammad-ud-din et al. 2019 (FCF: the user factor is private, item factors are shared), Chai et al. 2020
 (FedMF, without its encryption), McMahan et al. 2017 (FedAvg: clients weigh by their data), all three as the
@@ -22,7 +23,7 @@ import dataclasses
 
 from fedjax_rec.backbones.mf import matrix_factorisation
 from fedjax_rec.method import Method
-from fedjax_rec.roles import binary_cross_entropy, local_sgd
+from fedjax_rec.roles import binary_cross_entropy, local_sgd, masked_mean
 from fedjax_rec.sharing import LocalConfig, item_table, sharing_method
 from fedjax_rec.validate import positive
 
@@ -30,14 +31,16 @@ from fedjax_rec.validate import positive
 @dataclasses.dataclass(frozen=True)
 class Config(LocalConfig):
     """Attributes: user_bias: adds b_u to every score of a user. user_init_std: standard deviation of user vectors at
-    the start. Others: see LocalConfig."""
+    the start. l2: weight of the squared lengths of the vectors that a sample reads. Others: see LocalConfig."""
 
     user_bias: bool = True
     user_init_std: float = 0.01
+    l2: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        positive("user_init_std", self.user_init_std, zero_allowed=True)
+        for name in ("user_init_std", "l2"):
+            positive(name, getattr(self, name), zero_allowed=True)
 
 
 PRESETS = {
@@ -52,7 +55,11 @@ def fedmf(config: Config, num_users: int, num_items: int, name: str = "fedmf") -
     backbone = matrix_factorisation(config.dim, bias=config.user_bias, init_std=config.user_init_std)
 
     def loss(params, vectors, batch):
-        return binary_cross_entropy(backbone.predict(params, vectors["item"]), batch)
+        value = binary_cross_entropy(backbone.predict(params, vectors["item"]), batch)
+        if not config.l2:
+            return value
+        length = (params["user"]["vector"] ** 2).sum() + (vectors["item"] ** 2).sum(-1)
+        return value + config.l2 * masked_mean(length, batch.mask)
 
     return sharing_method(
         name,

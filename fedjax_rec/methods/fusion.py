@@ -34,7 +34,7 @@ from jaxtyping import Array
 
 from fedjax_rec import aggregate
 from fedjax_rec.backbones.fused import BACKBONES, Fused, fused_backbone
-from fedjax_rec.item_sources import Catalogue, need_features, views
+from fedjax_rec.item_sources import Catalogue, features_of, views
 from fedjax_rec.item_sources.views import ID
 from fedjax_rec.method import Batch, LocalData, Method, Server, batch_at
 from fedjax_rec.roles import (
@@ -175,30 +175,26 @@ PRESETS = {
 MODALITY_OF = {"image": "visual", "text": "text"}  # the setting that keeps, drops or randomises a modality
 
 
-def features_of(config: Config, catalogue: Catalogue) -> dict[str, np.ndarray]:
+def ablated_features(config: Config, catalogue: Catalogue) -> dict[str, np.ndarray]:
     """The frozen features as the settings want them, float32 [items, feat] by modality.
 
     Raises:
         ValueError: without any features.
     """
-    need_features(catalogue, "this method fuses")
     rng = np.random.default_rng(0)
-    found = {}
-    for name in sorted(catalogue.features):
-        values = np.asarray(catalogue.features[name], np.float32)
+    found = features_of(catalogue, "this method fuses", centre=config.centre)
+    for name, values in found.items():
         rule = getattr(config, MODALITY_OF.get(name, ""), "keep")
-        if config.centre:
-            warm = slice(None) if catalogue.warm is None else catalogue.warm
-            values = values - values[warm].mean(0)
         if rule == "random":
-            values = values.std() * rng.standard_normal(values.shape).astype(np.float32)
-        found[name] = np.zeros_like(values) if rule == "drop" else values
+            found[name] = values.std() * rng.standard_normal(values.shape).astype(np.float32)
+        elif rule == "drop":
+            found[name] = np.zeros_like(values)
     return found
 
 
 def multimodal(config: Config, num_users: int, num_items: int, name: str, catalogue: Catalogue) -> Method:
     """Any of the four methods; see the module docstring."""
-    features = {k: jnp.asarray(v) for k, v in features_of(config, catalogue).items()}
+    features = {k: jnp.asarray(v) for k, v in ablated_features(config, catalogue).items()}
     warm = None if catalogue.warm is None else jnp.asarray(catalogue.warm)
     backbone = fused_backbone(config.backbone, num_items, config)
     module = views.fusion(config.operators, config.dim, layer_norm=config.layer_norm)
