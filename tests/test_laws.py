@@ -75,6 +75,7 @@ SPECIAL = {name: NAMED[name] for name in KIN} | {
         {"optimizer": "adam", "lr": 0.01, "draw": "independent", "server_optimizer": "adam", "server_lr": 0.1}
         | {"client_init": "shared", **TWICE, **TOWER},
     ),
+    "regularised": Case("fedmf", {"l2": 0.02, "user_init_std": 0.3}),
     "fresh negatives": Case("fedrap", {**TWICE, "rate_decay": 0.9}, "trained_items"),
     "whole table": Case("fedrap", {"regularise": "table", "batch_size": 0}),
     "plgc over fedncf": Case("plgc", {"backbone": "fedncf", **TOWER, "kernel": "network", "contrast_weight": 0.1}),
@@ -134,7 +135,11 @@ FUSED = [name for name in SPECIAL if "views" in name or "fusion" in name]
 PLGC = [name for name in SPECIAL if name.startswith("plgc")]
 DENSE = ["gpfedrec", "views over pfedrec"]
 PULLED = ["ifedncf", "strong pull"]
-SPARSE = [c for c in [*DISTINCT, *PULLED, "momentum", "adam", "fresh negatives", *PLGC, *FUSED] if c not in DENSE]
+SPARSE = [
+    c
+    for c in [*DISTINCT, *PULLED, "momentum", "adam", "regularised", "fresh negatives", *PLGC, *FUSED]
+    if c not in DENSE
+]
 traces: Counter = Counter()  # of a round, by engine
 
 

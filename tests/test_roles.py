@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from fedjax_rec import roles
+from fedjax_rec import methods, roles
 from fedjax_rec.method import Batch, Listed, LocalData
 
 ROWS = 7
@@ -187,3 +187,16 @@ def test_restrict_and_put_rows_are_inverse_and_drop_padding():
     assert_same(mine["item"][:2], start["item"][jnp.array([5, 0])])
     changed = roles.put_rows(start["item"], rows, mine["item"] + 1)
     assert_same(np.flatnonzero((changed != start["item"]).any(1)), np.array([0, 5]))
+
+
+def test_l2_of_matrix_factorisation_shrinks_what_a_sample_reads():
+    """One step with and without it: the user by 2 l2 p, a row by 2 l2 q times its share of the samples."""
+    start = {"item": params()["item"], "user": params()["user"]}
+    data, after = data_of(REPEATED), {}
+    for l2 in (0.0, 0.25):
+        method = methods.build("fedmf", 4, ROWS, dim=3, lr=0.1, item_lr_scale=0.5, l2=l2)
+        after[l2], *_ = method.local_update(jax.random.key(0), {}, start, data)
+    moved = jax.tree.map(jnp.subtract, after[0.25], after[0.0])
+    share = np.array([0, 1, 0, 3, 0, 0, 0])[:, None] / 4
+    assert_close(moved["user"], {"vector": -0.1 * 0.5 * start["user"]["vector"], "bias": jnp.zeros(())})
+    assert_close(moved["item"], -(0.1 * 0.5 * 4) * 0.5 * share * start["item"])
