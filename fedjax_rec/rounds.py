@@ -207,7 +207,7 @@ class Engine:
         return _bytes_per_client(self)
 
     def memory_bytes(self) -> dict[str, int]:
-        """Estimated bytes of all devices together: server and client state, data, and the largest block in flight."""
+        """Estimated bytes of all devices together: server and client state, folded uploads, data, the largest block."""
         return _memory_bytes(self)
 
 
@@ -244,10 +244,11 @@ def _blocks(engine: Engine) -> tuple[int, ...]:
     per_device = [b.user.shape[0] // engine.clients.num_devices for b in engine.clients.buckets]
     if engine.block_size:
         return tuple(min(engine.block_size, n) for n in per_device)
-    per_row = row_bytes(engine)
-    chosen = []
-    for size, n in zip(engine.sizes, per_device, strict=True):
-        fits = max(default_block_bytes() // max(size.rows * per_row, 1), 1)
+    per_row, chosen = row_bytes(engine), []
+    for b, (size, n) in enumerate(zip(engine.sizes, per_device, strict=True)):
+        # clients without tables (of centralised methods) hold what they send
+        held = size.rows * per_row if per_row else _bytes(_one_step(engine, b).upload)
+        fits = max(default_block_bytes() // max(held, 1), 1)
         chosen.append(int(min(2 ** int(np.log2(fits)), n)))
     return tuple(chosen)
 
@@ -259,13 +260,6 @@ def row_bytes(engine: Engine) -> int:
     mail = state.mail if isinstance(state.mail, dict) else {}
     tables = [v for tree in (shared, state.clients, mail) for r, v in tree.items() if r in ITEM_ROLES]
     return sum(int(np.prod(x.shape[1:])) * x.dtype.itemsize for x in jax.tree.leaves(tables))
-
-
-def network_bytes(engine: Engine) -> int:
-    """Bytes of all that a client holds in a round beside item rows."""
-    state, shared = _shapes(engine.method)
-    trees = each_round(engine.method, shared), state.clients
-    return sum(_bytes(v) for tree in trees for role, v in tree.items() if role not in ITEM_ROLES)
 
 
 def _shapes(method: Method) -> tuple[State, Params]:
@@ -630,18 +624,26 @@ def _bytes(tree: PyTree) -> int:
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def _one_step(engine: Engine, b: int) -> Step:
+    """Shapes of one client's step in bucket b, of an engine whose state does not exist yet."""
+    state, published = _shapes(engine.method)
+    stacked = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), tree)
+    return jax.eval_shape(
+        lambda k, r, s, c, m: _example_step(engine, b, k, r, s, c, m, engine.buckets, engine.pool),
+        jax.eval_shape(lambda: jax.random.key(0)),
+        jax.ShapeDtypeStruct((), jnp.int32),
+        each_round(engine.method, published),
+        stacked(state.clients),
+        stacked(state.mail),
+    )
+
+
 def _bytes_per_client(engine: Engine) -> dict[str, int]:
     method, spec = engine.method, engine.clients
     state, published = _shapes(method)
     shared = each_round(method, published)
-    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), state.clients)
     largest = int(np.argmax([s.rows for s in engine.sizes]))
-    scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    step = jax.eval_shape(
-        lambda k, r, s, c, m: _example_step(engine, largest, k, r, s, c, m, engine.buckets, engine.pool),
-        jax.eval_shape(lambda: jax.random.key(0)), scalar, shared, stacked,
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), state.mail),
-    )  # fmt: skip
+    step = _one_step(engine, largest)
     in_exchange = {}
     if method.exchange:
         sent = jax.eval_shape(method.exchange.upload, state.clients)
@@ -659,15 +661,26 @@ def _bytes_per_client(engine: Engine) -> dict[str, int]:
     }
 
 
+def _uploads_bytes(engine: Engine, upload: Params) -> int:
+    """What one device folds its clients' uploads into."""
+    spec, aggregator = engine.clients, engine.method.aggregator
+    if aggregator.over_mail:
+        return 0
+    fold = lambda one: aggregator.init(one, spec.num_items, spec.users_per_device)
+    return _bytes(jax.eval_shape(fold, upload))
+
+
 def _memory_bytes(engine: Engine) -> dict[str, int]:
     method, spec = engine.method, engine.clients
     state, _ = _shapes(method)
     row = row_bytes(engine)
     # a block holds rows and networks before and after training, their change, and the batch's vectors with gradients
-    networks = 4 * network_bytes(engine)
+    steps = [_one_step(engine, b) for b in range(len(engine.sizes))]
+    beside_rows = lambda tree: _bytes({r: v for r, v in tree.items() if r not in ITEM_ROLES})
     in_flight = max(
-        block * ((4 * size.rows + 3 * size.batch) * row + networks + 16 * (size.epoch + size.draws))
-        for size, block in zip(engine.sizes, engine.block, strict=True)
+        block * ((4 * size.rows + 3 * size.batch) * row + 16 * (size.epoch + size.draws))
+        + block * max(4 * beside_rows(step.params), beside_rows(step.upload))
+        for size, block, step in zip(engine.sizes, engine.block, steps, strict=True)
     )
     if method.exchange:
         in_flight = max(in_flight, 3 * _exchange_block(engine) * spec.num_items * row)
@@ -675,6 +688,7 @@ def _memory_bytes(engine: Engine) -> dict[str, int]:
         "clients": _bytes(state.clients) * spec.num_slots,
         "mail": _bytes(state.mail) * spec.num_slots,
         "server": 3 * _bytes(state.server) * spec.num_devices,  # every device holds it whole
+        "uploads": _uploads_bytes(engine, steps[-1].upload) * spec.num_devices,
         "data": sum(x.nbytes for b in spec.buckets for x in b if x is not None),
         "block": in_flight * spec.num_devices,
     }

@@ -680,6 +680,20 @@ def test_the_networks_of_a_block_are_counted():
     assert blocks[1] - blocks[0] > 4 * 8 * 512 * 256 * 4
 
 
+def test_what_clients_are_shown_but_do_not_hold_is_not_counted_for_each():
+    """EASE's weights are items x items, once; its clients hold their histories."""
+    engine = run.prepare(dataclasses.replace(BASE, method="ease", settings={})).engine
+    need = engine.memory_bytes()
+    assert need["server"] == 3 * 4 * ITEMS**2 and need["uploads"] == 4 * ITEMS**2
+    assert 4 * ITEMS <= need["block"] / max(engine.block) < 4 * ITEMS**2
+
+
+def test_the_samples_that_a_server_collects_are_counted():
+    engine = run.prepare(dataclasses.replace(BASE, method="mf", settings={"negatives": 2})).engine
+    longest = engine.buckets[-1].history.shape[1]
+    assert engine.memory_bytes()["uploads"] == 4 * engine.clients.num_slots * (3 * longest + 1)
+
+
 # ---- configuration -------------------------------------------------------------------------------------------
 
 
