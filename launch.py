@@ -27,7 +27,9 @@ flags.DEFINE_string("dataset", "synthetic", "Data set name, or path of a .csv, .
 flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders.")
 flags.DEFINE_multi_string("features", [], "Item features of the encoders, modality=FILE.npz; repeat for more.")
 flags.DEFINE_string("split", "leave_one_out", "leave_one_out, given or cold_items.")
-flags.DEFINE_integer("split_seed", 0, "Seed of --split=cold_items.")
+flags.DEFINE_integer(
+    "split_seed", 0, "--split=cold_items: 0 for the published parts where there are some, else the seed of the draw."
+)
 flags.DEFINE_string("ties", "later_row", "Which of two equal timestamps is newer: later_row or earlier_row.")
 flags.DEFINE_multi_string(
     "filter", [], "A data filter: min_user, min_item, user_core, item_core, min_rating or min_pairs=value."

@@ -125,7 +125,10 @@ class RunConfig:
             positive("ks", k)
         for part in self.select_metric.split("+"):
             one_of("select_metric", part, metrics.per_client(np.ones((1, 1)), *self.judged))
-        between("seed", self.seed, 0, 2**31 - 1)
+        for name in ("seed", "split_seed"):
+            between(name, getattr(self, name), 0, 2**31 - 1)
+        if self.split_seed and self.split != "cold_items":
+            raise ValueError(f"split_seed={self.split_seed}: split={self.split} draws nothing; leave it out")
         one_of("dp_mechanism", self.dp_mechanism, ("none", *mechanisms.DRAW))
         positive("dp_delta", self.dp_delta)
         between("dp_delta", self.dp_delta, 0.0, 1.0)
@@ -357,13 +360,13 @@ def cohort_lines(ready: Experiment) -> list[str]:
     if count == users:
         return []
     said = f"cohort         {count:,} of {users:,} clients a round"
-    scale = getattr(ready.method.config, "item_lr_scale", 0.0)
+    config = ready.method.config
     averaged = ready.method.aggregator.is_mean and ready.engine.bytes_per_client()["up"] > 0
-    if scale and averaged and users > LARGEST_WEIGHT * count:
+    if averaged and config.rate_counts_clients and users > LARGEST_WEIGHT * count:
         # the items' local rate is times all clients, the mean over those who took part
         said += (
             f", whose steps on items count {users / count:,.0f} times; if the loss grows: "
-            f"--set item_lr_scale={scale * LARGEST_WEIGHT * count / users:.3g}"
+            f"--set item_lr_scale={config.item_lr_scale * LARGEST_WEIGHT * count / users:.3g}"
         )
     return [said]
 

@@ -33,7 +33,8 @@ class LocalConfig:
         item_lr_scale: the item table's local rate is lr * item_lr_scale * clients. The factor `clients` undoes
             the server's mean, of which a row's few clients are only a small part, so that one setting serves
             data sets of any size. It is all clients also where few take part: a round then moves items by as much in
-            the mean, in fewer and larger steps, and cohorts below a hundredth want a smaller scale.
+            the mean, in fewer and larger steps, and cohorts below a hundredth want a smaller scale. Adam's steps have
+            the size of their rate: there the factor is left out, and server_lr undoes the mean.
         optimizer: local optimiser, a name in roles.OPTIMIZERS, made anew each round.
         server_optimizer, server_lr: applied to the mean change (Reddi et al. 2021); sgd with rate 1 is averaging.
         init_std: standard deviation of item vectors at the start.
@@ -91,8 +92,13 @@ class LocalConfig:
     def sampling(self) -> Sampling:
         return Sampling(self.negatives, self.batch_size, self.local_epochs, self.redraw, self.draw)
 
+    @property
+    def rate_counts_clients(self) -> bool:
+        """Whether the items' local rate has the factor `clients`."""
+        return self.optimizer != "adam"
+
     def item_lr(self, num_users: int) -> float:
-        return self.lr * self.item_lr_scale * num_users
+        return self.lr * self.item_lr_scale * (num_users if self.rate_counts_clients else 1)
 
 
 SERVER_OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {

@@ -301,6 +301,18 @@ def test_ridge_map_is_least_squares_without_a_penalty():
     np.testing.assert_allclose(fitted, np.linalg.lstsq(x[:40], rows, rcond=None)[0], atol=1e-5)
 
 
+def test_mapped_rows_have_the_mean_of_the_warm_ones_whatever_the_penalty():
+    content = features()
+    rows = jnp.asarray(5 + np.random.default_rng(1).standard_normal((ITEMS, 4)), jnp.float32)
+    for ridge, most in ((1e6, 1e-3), (0.0, 10.0)):
+        catalogue = Catalogue({"text": content}, np.arange(ITEMS) < 40)
+        method = methods.build("cs_fcf", USERS, ITEMS, catalogue, **SMALL, cold="map", ridge=ridge)
+        server = method.init_server(KEY)
+        server = dataclasses.replace(server, shared={**server.shared, "item": rows})
+        made = np.asarray(method.publish(KEY, server)["item"])[40:] - np.asarray(rows[:40]).mean(0)
+        assert np.abs(made).max() < most and (ridge or np.abs(made).max() > 0.1)
+
+
 @pytest.mark.parametrize("warm", [None, np.ones(ITEMS, bool)])
 def test_without_cold_items_a_maker_of_cold_rows_is_refused(warm):
     catalogue = Catalogue({"text": features()}, warm)

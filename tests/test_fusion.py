@@ -203,6 +203,7 @@ def test_uploads_weigh_as_told():
         ("fedvlr", {"operators": "sum,sum"}, "operators=sum,sum: expected one or more, each once"),
         ("fedvlr", {"operators": "attention", "dim": 30}, "dim=30: expected a multiple of the 4 heads"),
         ("fedvbpr", {"dim": 33, "id_dim": 16}, "dim=33: expected an even width"),
+        ("fedvbpr", {"layer_norm": True}, "layer_norm=True: fedvbpr has no projections"),
         ("fedvlr", {"layers": "0,4"}, r"layers=\(0, 4\): expected one width or more"),
         ("fedvlr", {"branches": "nuemf"}, "did you mean neumf"),
         ("fedvlr", {"independence": -1}, "independence=-1"),
@@ -219,3 +220,11 @@ def test_two_kinds_of_noise_on_uploads_are_refused():
     method = methods.build("fedvlr", USERS, ITEMS, catalogue(ITEMS, 7), noise_std=0.1)
     with pytest.raises(ValueError, match=r"noise_std=0.1 with dp_mechanism=gaussian"):
         mechanisms.private(method, mechanisms.Mechanism("gaussian", clip=1.0, noise=1.0), USERS)
+
+
+def test_an_ablation_of_features_that_are_not_there_is_refused():
+    text = catalogue(ITEMS, 7)
+    text = text._replace(features={"text": text.features["text"]})
+    methods.build("fedvlr", USERS, ITEMS, text, text="drop")
+    with pytest.raises(ValueError, match="visual=random: the data set has no such features, only text"):
+        methods.build("fedvlr", USERS, ITEMS, text, visual="random")

@@ -378,6 +378,9 @@ def test_releases_of_fedrkg():
     rate = SMALL["lr"] * SMALL["item_lr_scale"] * USERS
     assert first.sensitivity == pytest.approx(2 * rate * 2 * 3 * 0.1) and first.count == 1
     assert second.sensitivity == pytest.approx(1.5 * first.sensitivity)
+    late = plan_of(method="fedrkg", settings={**steps, "interval": 1, "delay": True}, **given)["upload"].releases
+    rounds = [2, 0.5 * 2 + 1]  # guidance at the start of the third and the fourth: two rounds precede it, then one more
+    assert [r.sensitivity for r in late] == pytest.approx([n * first.sensitivity / 2 for n in rounds])
     replaced = {**steps, "guidance": "global_only"}
     assert len({r.sensitivity for r in plan_of(method="fedrkg", settings=replaced, **given)["upload"].releases}) == 1
     gated = plan_of(method="fedrkg", settings={**steps, "guidance": "ag"}, **given)["upload"]

@@ -190,6 +190,8 @@ def test_a_method_without_negatives_has_no_least_sampled():
     sampling = dataclasses.replace(plain.engine.method.sampling, negatives=0)
     engine = dataclasses.replace(plain.engine, method=plain.engine.method._replace(sampling=sampling))
     assert reference.least_sampled(dataclasses.replace(plain, engine=engine), KEY, 3) is None
+    for name in ("ease", "feddae"):  # the softmax and the closed form take all items
+        assert methods.build(name, 30, 40).sampling.negatives == 0
 
 
 def test_under_post_local_the_draws_of_the_judged_update_count_too():

@@ -11,6 +11,8 @@ from fedjax_rec import methods
 def test_settings_without_effect_are_refused():
     with pytest.raises(ValueError, match=r"lr=0.5: has no effect on ease; leave it out"):
         methods.make_config("ease", {"lr": 0.5})
+    with pytest.raises(ValueError, match=r"evaluate_at='post_local': expected one of post_aggregate"):
+        methods.make_config("ipfedrec", {"evaluate_at": "post_local"})
     with pytest.raises(ValueError, match=r"server_lr=2.0: has no effect on centralised training"):
         methods.make_config("neumf", {"server_lr": 2.0})
 
@@ -39,3 +41,9 @@ def test_one_value_stands_for_a_list_of_one():
 def test_settings_may_be_numpys():
     said = methods.make_config("fedncf", {"dim": np.int64(8), "lr": np.float32(0.5), "layers": [4, 2]})
     assert (said.dim, said.lr, said.layers) == (8, 0.5, (4, 2)) and type(said.dim) is int
+
+
+def test_adams_steps_do_not_grow_with_the_clients():
+    settings = {"lr": 0.1, "item_lr_scale": 0.5}
+    assert methods.make_config("fedmf", settings).item_lr(300) == pytest.approx(15.0)
+    assert methods.make_config("fedmf", {**settings, "optimizer": "adam"}).item_lr(300) == pytest.approx(0.05)

@@ -77,6 +77,6 @@ def ease(config: Config, num_users: int, num_items: int, name: str = "ease") -> 
         server_update=server_update,
         score=lambda shared, params, data: multi_hot(data, num_items) @ shared["weights"],
         aggregator=gram,
-        sampling=config.sampling(),
+        sampling=dataclasses.replace(config.sampling(), negatives=0),
         config=config,
     )

@@ -190,9 +190,9 @@ def make(
     Args:
         interactions: what to split.
         name: one of SPLITS.
-        seed: of the draw of cold items.
-        data_dir: where the data folders lie. If the folder of this data set there holds COLD_FILES,
-            `cold_items` takes those parts instead of a draw; None: always draw.
+        seed: of the draw of cold items. With 0, `cold_items` takes the published parts where there are some.
+        data_dir: where the data folders lie: the published parts are COLD_FILES in the folder of this data set there;
+            None: always draw.
         ties: see `leave_one_out`.
         ratios: see `cold_items`.
 
@@ -205,7 +205,7 @@ def make(
     if name == "given":
         return given(interactions)
     folder = None if data_dir is None else Path(data_dir) / interactions.name
-    published = folder is not None and (folder / COLD_FILES[0]).is_file()
+    published = not seed and folder is not None and (folder / COLD_FILES[0]).is_file()
     parts = given_cold_parts(interactions, folder) if published else None
     return cold_items(interactions, seed, ratios, parts)
 

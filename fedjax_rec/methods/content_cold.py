@@ -2,7 +2,7 @@
 
     knn     E_i = sum_j w_ij E_j over the k warm items j nearest in content, w_ij proportional to the cosine of
                                    features from which the warm items' mean is taken
-    map     E_i = m_i W, W the ridge regression of the warm rows on their features, solved anew in every round
+    map     E_i = b + m_i W, the ridge regression of the warm rows on their features, solved anew in every round
     random  E_i drawn with the warm rows' mean and spread: the control that knows nothing of the item
 
 Source: the MDiffFR paper compares with "CS_FCF" and "CS_FedNCF" and says only that they are adapted. The choice of
@@ -16,7 +16,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.item_sources.cold import (
@@ -64,9 +63,9 @@ def content_cold(config: Config, num_users: int, num_items: int, name: str, cata
         means = neighbour_means(content, warm, cold, config.neighbours)
         make = lambda key, state, rows: means(rows)
     elif config.cold == "map":
-        values = np.concatenate([content, np.ones((num_items, 1), np.float32)], axis=1)
-        fit, told = jnp.asarray(ridge_map(values, warm, config.ridge)), jnp.asarray(values[cold])
-        make = lambda key, state, rows: told @ (fit @ rows)
+        # the features are centred: the mean row is the intercept, which has no penalty
+        fit, told = jnp.asarray(ridge_map(content, warm, config.ridge)), jnp.asarray(content[cold])
+        make = lambda key, state, rows: rows.mean(0) + told @ (fit @ rows)
     else:
         make = lambda key, state, rows: rows.mean(0) + rows.std(0) * jax.random.normal(key, (len(cold), config.width))
     maker = RowMaker(lambda key: (), lambda key, state, rows, round_: (), make)

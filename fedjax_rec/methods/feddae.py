@@ -22,7 +22,7 @@ First layers. Only the rows of a user's own history ever get a gradient in his e
 kept: [history_rows, width] per client, one row per item of the history in its order, instead of [items, width]. A
 row's start is an independent draw, which is in distribution what the full table has. `history_rows` must hold the
 longest history (padded to its bucket); a longer one is refused with the number to set.
-`negatives`, `batch_size`, `redraw` and `draw` shape only the engine's samples, which nothing here reads.
+`negatives`, `batch_size`, `redraw` and `draw` have no effect.
 """
 
 from __future__ import annotations
@@ -82,9 +82,13 @@ class Config(LocalConfig):
             positive(name, getattr(self, name))
         widths("layers", self.layers)
 
+    @property
+    def rate_counts_clients(self) -> bool:
+        return False
+
     def sampling(self) -> Sampling:
-        # the fewest samples the engine draws: one pass, whatever the number of steps on the history
-        return Sampling(self.negatives, self.batch_size, 1, "round", self.draw)
+        # histories alone: nothing is drawn, and one pass whatever the number of steps on the history
+        return Sampling(0, self.batch_size, 1, "round", self.draw)
 
 
 def beta_at(config: Config, round_: Array) -> Array:

@@ -143,6 +143,8 @@ class Config(LocalConfig):
                 one_of("operators", operator, views.OPERATORS)
         elif self.dim % 2:
             raise ValueError(f"dim={self.dim}: expected an even width, half of which is fedvbpr's ID vector")
+        elif self.layer_norm:
+            raise ValueError("layer_norm=True: fedvbpr has no projections to normalise; leave it out")
         if "attention" in self.operators and self.dim % views.HEADS:
             raise ValueError(f"dim={self.dim}: expected a multiple of the {views.HEADS} heads of operators=attention")
         for name in ("visual", "text", "ids"):
@@ -179,10 +181,17 @@ def ablated_features(config: Config, catalogue: Catalogue) -> dict[str, np.ndarr
     """The frozen features as the settings want them, float32 [items, feat] by modality.
 
     Raises:
-        ValueError: without any features.
+        ValueError: without any features, or without those that a setting names.
     """
     rng = np.random.default_rng(0)
     found = features_of(catalogue, "this method fuses", centre=config.centre)
+    there = {MODALITY_OF.get(name) for name in found}
+    for name in MODALITY_OF.values():
+        if getattr(config, name) != "keep" and name not in there:
+            raise ValueError(
+                f"{name}={getattr(config, name)}: the data set has no such features, only {', '.join(found)}; leave it "
+                "out, or give some with --features"
+            )
     for name, values in found.items():
         rule = getattr(config, MODALITY_OF.get(name, ""), "keep")
         if rule == "random":

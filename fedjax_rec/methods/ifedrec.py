@@ -74,6 +74,7 @@ class Config(LocalConfig):
         super().__post_init__()
         one_of("optimizer", self.optimizer, ("sgd",))
         one_of("server_optimizer", self.server_optimizer, ("sgd",))
+        one_of("evaluate_at", self.evaluate_at, ("post_aggregate",))  # the pull moves rows that evaluation leaves out
         widths("layers", self.layers)
         for name in ("attribute_lr", "attribute_steps", "user_lr_scale"):
             positive(name, getattr(self, name))
@@ -81,6 +82,10 @@ class Config(LocalConfig):
             positive(name, getattr(self, name), zero_allowed=True)
         if self.eta:
             check_pull(self, self.eta)
+
+    @property
+    def rate_counts_clients(self) -> bool:
+        return not self.eta
 
 
 def check_pull(config: Config, eta: float) -> None:

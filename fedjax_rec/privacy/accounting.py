@@ -211,7 +211,8 @@ def _table_bounds(ready: Experiment, releases: int) -> list[float]:
     rate = fedrkg.item_rate(own, ready.split.num_users, ready.split.num_items)
     one = sensitivity_bound(rate, own.interval, own.local_epochs, own.clip_norm, per_epoch)
     kept = 0.0 if own.guidance == "global_only" else own.beta
-    return [one * sum(kept**age for age in range(release + 1)) for release in range(releases)]
+    early = one / own.interval if own.delay else 0.0  # guidance one round late: a round more precedes the first
+    return [one * sum(kept**age for age in range(r + 1)) + kept**r * early for r in range(releases)]
 
 
 def report(ready: Experiment, rounds: int) -> dict[str, Any] | None:

@@ -156,11 +156,11 @@ def published(tmp_path):
     interactions = from_frame(pd.DataFrame({"user": 5, "item": [1, 2, 3, 4]}), "toy")
     (tmp_path / "toy").mkdir()
 
-    def write(*parts: list[int]):
+    def write(*parts: list[int], seed: int = 0):
         for file, items in zip(splits.COLD_FILES, parts, strict=True):
             rows = "".join(f"5,{item}\n" for item in items)
             (tmp_path / "toy" / file).write_text("uid,iid\n" + rows)
-        return splits.make(interactions, "cold_items", data_dir=tmp_path)
+        return splits.make(interactions, "cold_items", seed, data_dir=tmp_path)
 
     return interactions, write
 
@@ -171,6 +171,8 @@ def test_published_cold_parts_are_used_where_present(published):
     assert interactions.item_ids[split.valid.item].tolist() == [3]
     assert interactions.item_ids[split.test.item].tolist() == [2]
     assert "published" in split.tie_rule
+    with pytest.raises(DataError, match="parting the items"):  # four items are too few for a draw
+        write([1, 4], [3, 3], [2], seed=1)
 
 
 def test_published_cold_parts_may_type_ids_otherwise(tmp_path):
