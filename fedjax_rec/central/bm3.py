@@ -41,6 +41,7 @@ class Config(ContentConfig):
     """Attributes: dropout: of the targets. content_weight: see the module docstring. negatives, draw have no effect and
     are refused. Others: see ContentConfig."""
 
+    lr: float = 0.01
     layers: int = 1
     dropout: float = 0.3
     content_weight: float = 1.0

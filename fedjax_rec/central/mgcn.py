@@ -39,6 +39,7 @@ class Config(ContentConfig):
     """Attributes: neighbours, item_layers, contrast_weight: see the module docstring. temperature: of InfoNCE. l2: half
     of the released code's weight, which counts half of the squares. Others: see ContentConfig."""
 
+    lr: float = 0.003
     l2: float = 5e-5
     rate_decay: float = 0.96 ** (1 / 50)
     neighbours: int = 10

@@ -57,6 +57,7 @@ class Config(ContentConfig):
     the k of S. dropout, temperature: of the contrast. dim: of one modality. l2 has no effect and is refused. Others:
     see ContentConfig."""
 
+    lr: float = 0.01
     l2: float = 0.0
     rate_decay: float = 0.96 ** (1 / 50)
     mode: str = "local"
