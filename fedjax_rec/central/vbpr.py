@@ -33,6 +33,12 @@ class Config(PairConfig):
 
 def vbpr(config: Config, num_users: int, num_items: int, name: str, catalogue: Catalogue) -> Method:
     """VBPR; see the module docstring."""
+    return served(
+        learner(model(config, num_users, num_items, name, catalogue), config), config, num_users, num_items, name
+    )
+
+
+def model(config: Config, num_users: int, num_items: int, name: str, catalogue: Catalogue) -> Model:
     features = features_of(catalogue, f"{name} reads", centre=config.centre)
     content = jnp.asarray(np.concatenate(list(features.values()), axis=1))
     warm = None if catalogue.warm is None else jnp.asarray(catalogue.warm)
@@ -53,5 +59,4 @@ def vbpr(config: Config, num_users: int, num_items: int, name: str, catalogue: C
         users, items = vectors(params, content, graph)
         return bpr(users, items, triples) + config.l2 * lengths(triples, users, items)
 
-    model = Model(init, content, loss, vectors)
-    return served(learner(model, config), config, num_users, num_items, name)
+    return Model(init, content, loss, vectors)

@@ -128,6 +128,14 @@ def conditions(catalogue: Catalogue, name: str, width: int, *, whiten: bool = Fa
     return (values / max(values[warm].std(), 1e-12)).astype(np.float32)
 
 
+def largest(values: Float[np.ndarray, "rows n"], k: int) -> np.ndarray:
+    """Places [rows, k] of the k largest of each row, the largest first; of equal ones those that come first, on every
+    machine."""
+    least = -np.partition(-values, k - 1, axis=1)[:, k - 1]
+    found = [np.flatnonzero(row >= low) for row, low in zip(values, least, strict=True)]
+    return np.stack([ids[np.argsort(-row[ids], kind="stable")[:k]] for ids, row in zip(found, values, strict=True)])
+
+
 def nearest_warm(
     content: Float[np.ndarray, "items feat"], warm: np.ndarray, of: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -142,10 +150,7 @@ def nearest_warm(
     for start in range(0, len(of), 512):  # a block of similarities at a time
         block = of[start : start + 512]
         similar = np.where(block[:, None] == warm, -np.inf, unit[block] @ of_warm)
-        least = -np.partition(-similar, k - 1, axis=1)[:, k - 1]
-        # the first k of all that are as near as the k-th: of equal ones those that come first, on every machine
-        near = [np.flatnonzero(row >= low) for row, low in zip(similar, least, strict=True)]
-        best = np.stack([ids[np.argsort(-row[ids], kind="stable")[:k]] for ids, row in zip(near, similar, strict=True)])
+        best = largest(similar, k)
         value = np.maximum(np.take_along_axis(similar, best, 1), 0.0) + 1e-9
         places[start : start + 512], weights[start : start + 512] = best, value / value.sum(1, keepdims=True)
     return places, weights

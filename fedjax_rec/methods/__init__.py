@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedjax_rec.central import ease, pointwise, vbpr
+from fedjax_rec.central import bm3, ease, mgcn, pgl, pointwise, vbpr
 from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.method import Method
 from fedjax_rec.methods import (
@@ -59,6 +59,9 @@ METHODS: dict[str, Entry] = {
     "neumf": Entry(pointwise.neumf, pointwise.NeuMFConfig(), central=True),
     "ease": Entry(ease.ease, ease.Config(), central=True),
     "vbpr": Entry(vbpr.vbpr, vbpr.Config(), reads_items=True, central=True),
+    "bm3": Entry(bm3.bm3, bm3.Config(), reads_items=True, central=True),
+    "mgcn": Entry(mgcn.mgcn, mgcn.Config(), reads_items=True, central=True),
+    "pgl": Entry(pgl.pgl, pgl.Config(), reads_items=True, central=True),
     "plgc": Entry(plgc.plgc, plgc.Config()),
     "feddae": Entry(feddae.feddae, feddae.Config()),
     **{name: Entry(fusion.multimodal, config, reads_items=True) for name, config in fusion.PRESETS.items()},
