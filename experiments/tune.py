@@ -167,6 +167,20 @@ def draw_central(rng) -> dict[str, Any]:
     }
 
 
+def draw_pairwise(rng, **more: Any) -> dict[str, Any]:
+    """A model of vectors that the server trains on triples."""
+    settings = {"lr": round(log_uniform(rng, 1e-3, 2e-2), 5), "dim": int(rng.choice([32, 64, 128]))}
+    return settings | {name: choose(rng) for name, choose in more.items()}
+
+
+def any_of(*values: Any):
+    return lambda rng: values[int(rng.integers(len(values)))]
+
+
+def between(low: float, high: float):
+    return lambda rng: float(f"{log_uniform(rng, low, high):.3g}")
+
+
 def draw_cold(rng) -> dict[str, Any]:
     """A plain method whose rows for cold items are made by the server: its clients' settings."""
     lr = log_uniform(rng, 0.2, 8.0)
@@ -215,6 +229,16 @@ ALONE = {
     "ease": lambda rng: {"l2": round(log_uniform(rng, 3.0, 3000.0), 1)},
     "mf": draw_central,
     "neumf": draw_central,
+    "vbpr": functools.partial(draw_pairwise, l2=between(1e-6, 1e-2)),
+    "bm3": functools.partial(
+        draw_pairwise,
+        l2=between(1e-6, 1e-2),
+        dropout=any_of(0.3, 0.5),
+        layers=any_of(1, 2),
+        content_weight=any_of(1, 2),
+    ),
+    "mgcn": functools.partial(draw_pairwise, l2=between(1e-6, 1e-3), contrast_weight=any_of(0.001, 0.01, 0.1)),
+    "pgl": functools.partial(draw_pairwise, mode=any_of("local", "global"), layers=any_of(1, 2)),
     "cofedrec": draw_cofedrec,
     "feddae": draw_feddae,
     "ipfedrec": draw_ifedrec,
