@@ -18,6 +18,17 @@ from absl import app, flags
 EXIT_LOST, EXIT_USAGE, EXIT_DIVERGED, EXIT_AGAIN = 1, 2, 3, 75
 FLAGS = flags.FLAGS
 
+
+class Cohort(flags.ArgumentParser):
+    """Reads 1 as one client and 1.0 as the share of all."""
+
+    def parse(self, argument: str | int) -> int | float:
+        try:
+            return int(str(argument))
+        except ValueError:
+            return number("--clients_per_round", argument, float, "a whole number, or a share like 0.25")
+
+
 flags.DEFINE_enum("mode", "train", ["train", "evaluate", "benchmark", "search"], "What to do.")
 flags.DEFINE_string("workdir", None, "Folder of the run; a run with a checkpoint there is resumed.")
 flags.DEFINE_string("method", "fedmf", "Method; an unknown name is answered with the known ones.")
@@ -40,7 +51,9 @@ flags.DEFINE_integer("seed", 0, "Seed of everything the run draws.")
 flags.DEFINE_integer("seeds", 0, "Run so many seeds, from --seed on, into WORKDIR/seed_<n>; 0 for one run.")
 flags.DEFINE_multi_string("grid", [], "--mode=search: a setting and its values, key=v1,v2; repeat for more.")
 flags.DEFINE_integer("trials", 0, "--mode=search: points of the grid at most, drawn at random; 0 for all.")
-flags.DEFINE_float("clients_per_round", 0, "Clients in a round: a number, a share below 1, or 0 for all.")
+flags.DEFINE(
+    Cohort(), "clients_per_round", 0, "Clients in a round: a whole number, a share (1.0 is all), or 0 for all."
+)
 flags.DEFINE_integer("eval_every", 10, "Rounds between evaluations.")
 flags.DEFINE_integer("eval_clients", 0, "Evaluate on so many clients, drawn once; 0 for all.")
 flags.DEFINE_list("k", ["10", "50"], "Cut-offs of the metrics.")

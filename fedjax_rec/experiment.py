@@ -49,7 +49,7 @@ class RunConfig:
         protocol: honest or published.
         ranking: full, or sampled_99.
         rounds, seed: length and randomness of the run.
-        clients_per_round: a number, a share below 1, or 0 for everybody.
+        clients_per_round: a whole number, a share (1.0 is everybody, and becomes 0), or 0 for everybody.
         eval_every: rounds between evaluations; the last round is always evaluated.
         eval_clients: evaluate only so many clients (drawn once, whatever the seed), 0 for all.
         ks: cut-offs of the metrics.
@@ -135,7 +135,10 @@ class RunConfig:
                 "dp_mechanism=none; set dp_mechanism to gaussian or laplace"
             )
         if self.clients_per_round > 1 and self.clients_per_round != int(self.clients_per_round):
-            raise ValueError(f"clients_per_round={self.clients_per_round}: expected a share below 1 or a whole number")
+            raise ValueError(f"clients_per_round={self.clients_per_round}: expected a whole number or a share below 1")
+        if self.clients_per_round == 1 and not isinstance(self.clients_per_round, numbers.Integral):
+            # a workdir's comparison cannot tell it from 1, which earlier versions recorded as 1.0
+            object.__setattr__(self, "clients_per_round", 0)
 
     @property
     def judged(self) -> tuple[tuple[int, ...], str]:
@@ -195,7 +198,8 @@ def cohort_size(clients_per_round: int | float, num_users: int) -> int:
     """
     if clients_per_round == 0:
         return num_users
-    count = max(round(clients_per_round * num_users), 1) if clients_per_round < 1 else int(clients_per_round)
+    share = clients_per_round <= 1 and not isinstance(clients_per_round, numbers.Integral)
+    count = max(round(clients_per_round * num_users), 1) if share else int(clients_per_round)
     if count > num_users:
         raise UsageError(f"--clients_per_round={count}: the data set has {num_users} users; give at most that")
     return count

@@ -253,6 +253,8 @@ def _same_pairs(folder: Path, recorded: str | None, ready: Experiment) -> bool:
 def config_of(workdir: Path) -> RunConfig:
     """The configuration that a workdir was run with; UsageError if there is none."""
     held = read_config(workdir)
+    if held.get("clients_per_round") == 1:  # earlier versions wrote 1.0 for one client
+        held["clients_per_round"] = 1
     names = {field.name for field in dataclasses.fields(RunConfig)}
     return RunConfig(**{k: tuple(v) if k == "ks" else v for k, v in held.items() if k in names})
 

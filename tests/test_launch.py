@@ -92,6 +92,7 @@ BAD = {
     "number": (["--rounds=many"], "rounds"),
     "no rounds": (["--rounds=0"], "rounds=0"),
     "no cut-off": (["--k="], "ks=(): expected one cut-off or more"),
+    "cohort in words": (["--clients_per_round=most"], "--clients_per_round=most: expected a whole number, or a share"),
     "endless cohort": (["--clients_per_round=inf"], "clients_per_round=inf: expected a finite number"),
     "cut-off": (["--k=ten"], "--k=ten: expected whole numbers"),
     "too many clients": (["--clients_per_round=9999", *TINY], "600 users"),
@@ -193,6 +194,14 @@ def test_flags_reach_the_configuration(launch):
     assert (config.ks, config.select_metric, config.seed, config.rounds) == ((1, 20), "HR@20", 4, 7)
     assert config.filters == {"min_user": 5, "min_rating": 3.5}
     assert config.clients_per_round == 0.25
+
+
+@pytest.mark.usefixtures("typed")
+@pytest.mark.parametrize(("text", "size"), [("1", 1), ("1.0", 40), ("0", 40), ("7", 7), ("7.0", 7), ("0.25", 10)])
+def test_one_client_and_the_share_of_all_are_told_apart(launch, text, size):
+    from fedjax_rec.run import cohort_size
+
+    assert cohort_size(configured(launch, f"--clients_per_round={text}").clients_per_round, 40) == size
 
 
 @pytest.mark.usefixtures("typed")

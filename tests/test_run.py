@@ -413,9 +413,20 @@ def test_evaluation_happens_when_due_and_in_the_last_round(tmp_path):
 # ---- cohorts -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("given", "size"), [(0, 40), (1.0, 1), (0.5, 20), (7, 7), (40, 40), (0.001, 1)])
+@pytest.mark.parametrize(("given", "size"), [(0, 40), (1.0, 40), (1, 1), (0.5, 20), (7, 7), (40, 40), (0.001, 1)])
 def test_cohort_size_from_number_or_share(given, size):
     assert run.cohort_size(given, 40) == size
+
+
+def test_the_share_of_all_and_one_client_are_never_the_same_run(tmp_path):
+    """Though 1 == 1.0: everybody is recorded as 0, and a workdir's 1.0 is an earlier version's one client."""
+    everybody, one = RunConfig(clients_per_round=1.0), RunConfig(clients_per_round=1)
+    assert everybody == RunConfig(clients_per_round=np.float64(1)) == RunConfig() != one
+    assert dataclasses.replace(everybody, rounds=7).clients_per_round == 0
+    for held, expected in ((1.0, one), (1, one), (0.0, everybody), (0.5, RunConfig(clients_per_round=0.5))):
+        (tmp_path / "config.json").write_text(json.dumps({**RunConfig().recorded(), "clients_per_round": held}))
+        assert run.config_of(tmp_path) == expected
+        run.claim(tmp_path, expected.recorded())
 
 
 def test_impossible_cohorts_are_refused():
