@@ -43,15 +43,16 @@ def judge(config: RunConfig, data: tuple) -> dict[str, Any]:
     return {**said, "seconds": time.perf_counter() - began}
 
 
-def grid_points(method: str, grid: Mapping[str, str]) -> list[dict[str, Any]]:
+def grid_points(method: str, grid: Mapping[str, str], base: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """All combinations of the grid's values, as settings of the method.
 
     Args:
         method: a name in METHODS.
         grid: setting -> values between commas; values that hold commas themselves are put between semicolons.
+        base: settings that every point starts from.
 
     Raises:
-        ValueError: an empty grid, a setting the method does not have, or a value it cannot take.
+        ValueError: an empty grid, a setting the method does not have, or a value it cannot take beside the base.
     """
     if not grid:
         raise ValueError("--grid: expected at least one setting with its values, like --grid lr=0.5,1,2")
@@ -62,7 +63,7 @@ def grid_points(method: str, grid: Mapping[str, str]) -> list[dict[str, Any]]:
     points = []
     for combination in itertools.product(*values.values()):
         text = dict(zip(values, combination, strict=True))
-        config = make_config(method, text)
+        config = make_config(method, {**(base or {}), **text})
         points.append({name: getattr(config, name) for name in text})
     return points
 
@@ -93,7 +94,7 @@ def search(
     """
     if trials < 0:
         raise ValueError(f"--trials={trials}: expected a number of trials, or 0 for the whole grid")
-    points = grid_points(config.method, grid)
+    points = grid_points(config.method, grid, config.settings)
     order = np.random.default_rng(config.seed).permutation(len(points))[: trials or None]
     folder = Path(workdir)
     devices = config.devices or len(jax.devices())

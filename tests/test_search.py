@@ -130,6 +130,20 @@ def test_values_that_hold_commas_stand_between_semicolons():
     assert points == [{"layers": (16, 8), "dim": 4}, {"layers": (32, 16), "dim": 4}]
 
 
+@pytest.mark.parametrize(
+    ("method", "base", "grid"),
+    [
+        ("mdifffr", {"preset": "proper"}, {"guidance_scale": "1,1.5"}),
+        ("ipfedrec", {"eta": 20.0}, {"reg": "5,10"}),
+    ],
+)
+def test_points_are_judged_beside_the_settings_that_all_trials_have(method, base, grid):
+    with pytest.raises(ValueError):
+        search.grid_points(method, grid)
+    points = search.grid_points(method, grid, base)
+    assert points == [{name: float(value)} for name, text in grid.items() for value in text.split(",")]
+
+
 def test_the_flagfile_is_the_configuration(tmp_path):
     program = "import launch, sys; launch.FLAGS(['launch.py', sys.argv[1]]); print(repr(launch.config_from_flags()))"
     config = dataclasses.replace(
