@@ -101,6 +101,11 @@ def use_cores() -> None:
     jax.config.update("jax_num_cpu_devices", count)
 
 
+def settings_from_flags() -> dict[str, str]:
+    """--set=key=value and --backbone, not yet of the settings' types."""
+    return assignments(FLAGS.set, "set") | ({"backbone": FLAGS.backbone} if FLAGS.backbone else {})
+
+
 def filters_from_flags() -> dict[str, float]:
     """--filter=name=value, checked."""
     from fedjax_rec.data.interactions import Filters
@@ -154,9 +159,7 @@ def config_from_flags():
     from fedjax_rec.methods import make_config
     from fedjax_rec.run import RunConfig
 
-    settings = assignments(FLAGS.set, "set")
-    if FLAGS.backbone:
-        settings["backbone"] = FLAGS.backbone
+    settings = settings_from_flags()
     chosen = make_config(FLAGS.method, settings)
     return RunConfig(
         method=FLAGS.method,
@@ -170,14 +173,21 @@ def config_from_flags():
 
 def check_same_run(home: str) -> None:
     """That flags which only training obeys say what the run in a workdir was trained with."""
+    from fedjax_rec.experiment import filters_of
+    from fedjax_rec.methods import make_config
     from fedjax_rec.run import config_of
 
     held = config_of(Path(home))
-    for name in TRAINED_BY:
-        value, trained = FLAGS[name].value, getattr(held, name)
-        if FLAGS[name].present and value != trained:
+    said = [(f"--{name}", FLAGS[name].value, getattr(held, name)) for name in TRAINED_BY if FLAGS[name].present]
+    settings, filters = settings_from_flags(), filters_from_flags()
+    if settings:
+        had, asked = (make_config(held.method, {**held.settings, **given}) for given in ({}, settings))
+        said += [(f"--set {name}", getattr(asked, name), getattr(had, name)) for name in settings]
+    said += [(f"--filter {name}", value, getattr(filters_of(held), name)) for name, value in filters.items()]
+    for flag, value, trained in said:
+        if value != trained:
             raise ValueError(
-                f"--{name}={value} does nothing in --mode=evaluate: the run in {home} has {trained}; leave it out"
+                f"{flag}={value} does nothing in --mode=evaluate: the run in {home} has {trained}; leave it out"
             )
 
 

@@ -211,11 +211,8 @@ def load_data(config: RunConfig) -> tuple[Interactions, Split, dict[str, Feature
         made = synthetic.make()
         interactions, features = made.interactions, made.features
     else:
-        known = readers.DATASETS.get(config.dataset)
-        default = known.filters if known else Filters()
-        filters = dataclasses.replace(default, **config.filters)
         interactions = readers.load(
-            config.dataset, config.data_dir, filters=filters, filmtrust_time=config.filmtrust_time
+            config.dataset, config.data_dir, filters=filters_of(config), filmtrust_time=config.filmtrust_time
         )
         known_features = config.dataset in features_module.FEATURES and config.data_dir
         features = (
@@ -224,6 +221,12 @@ def load_data(config: RunConfig) -> tuple[Interactions, Split, dict[str, Feature
     features = {**features, **given_features(config, interactions)}
     split = splits.make(interactions, config.split, seed=config.split_seed, data_dir=config.data_dir, ties=config.ties)
     return interactions, split, features
+
+
+def filters_of(config: RunConfig) -> Filters:
+    """The data set's own filters, with those of config.filters in their place."""
+    known = readers.DATASETS.get(config.dataset)
+    return dataclasses.replace(known.filters if known else Filters(), **config.filters)
 
 
 def given_features(config: RunConfig, interactions: Interactions) -> dict[str, Features]:

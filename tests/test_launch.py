@@ -297,6 +297,30 @@ def test_evaluation_refuses_what_the_run_was_not_trained_with(stopped, typed, fo
     assert "has leave_one_out; leave it out" in error
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--set=lr=1e-3"], "--set lr=0.001 does nothing in --mode=evaluate: the run in {} has 0.5; leave it out"),
+        (["--set=no=1"], "--set no: fedrkg has no such setting"),
+        (["--backbone=pfedrec"], "--set backbone=pfedrec does nothing in --mode=evaluate: the run in {} has fedncf"),
+        (["--filter=min_user=3"], "--filter min_user=3 does nothing in --mode=evaluate: the run in {} has 10; leave"),
+        (["--filter=min_rating=2"], "--filter min_rating=2.0 does nothing in --mode=evaluate: the run in {} has 4.0"),
+        (["--set=lr=0.50", "--set=layers=16,8", "--backbone=fedncf", "--filter=min_user=10"], "set --data_dir to"),
+    ],
+    ids=str,
+)
+def test_evaluation_refuses_settings_and_filters_that_the_run_does_not_have(typed, tmp_path, given, said):
+    """Those that it has may be given, in any spelling, also a filter that is the data set's own."""
+    from fedjax_rec.run import RunConfig
+
+    settings = {"backbone": "fedncf", "lr": 0.5, "layers": (16, 8)}
+    config = RunConfig(method="fedrkg", settings=settings, dataset="filmtrust", filters={"min_rating": 4.0})
+    (tmp_path / "config.json").write_text(json.dumps(config.recorded()))
+    code, output, error = typed("--mode=evaluate", f"--workdir={tmp_path}", *given)
+    assert (code, output) == (2, "") and error.count("\n") == 1
+    assert said.format(tmp_path) in error
+
+
 QUICK = ("--rounds=4", "--eval_every=2", "--k=5,10", "--devices=1")
 
 
