@@ -119,18 +119,19 @@ def train_state(
     folder = None if workdir is None else Path(workdir)
     if folder is not None:
         claim(folder, identity(ready))
-    state = ready.engine.init(ready.key)
-    best, done, held = None, 0, None
+    state, best, done, held = None, None, 0, None
     if folder is not None:
         held = Checkpoints(folder / "checkpoints")
         if held.latest is not None:
-            done, state, best = _restore(held, ready, state)
+            done, state, best = _restore(held, ready, ready.engine.shapes(ready.key))
         if _finished(config, best, done) and (folder / "summary.json").exists():
             held.close()
             if not (folder / "per_client.npz").exists():
                 write_npz(folder / "per_client.npz", per_client_table(ready, best))
             # not made anew: what it says of times, memory, versions and device is the run's, not this process's
             return read_json(folder / "summary.json"), ready, state
+    if state is None:
+        state = ready.engine.init(ready.key)
     log = MetricsLog(folder, done) if folder is not None else _MemoryLog()
     timing = {"compile": None}
     bar = tqdm(total=config.rounds, initial=done, unit="round", disable=not progress, dynamic_ncols=True)
@@ -272,7 +273,7 @@ def _newest(workdir: Path, ready: Experiment, like: State | None = None) -> tupl
     with Checkpoints(folder) as checkpoints:
         if checkpoints.latest is None:
             raise UsageError(f"{workdir}: holds no checkpoint; train first")
-        return _restore(checkpoints, ready, like or ready.engine.init(ready.key))
+        return _restore(checkpoints, ready, like or ready.engine.shapes(ready.key))
 
 
 class _MemoryLog:
@@ -353,8 +354,8 @@ def _save(held: Checkpoints, done: int, state: State, best: Best | None) -> None
     held.save(done, {"state": state, "best": ranks}, notes)
 
 
-def _restore(held: Checkpoints, ready: Experiment, fresh: State) -> tuple[int, State, Best | None]:
-    """The newest checkpoint, in the shapes and places of a fresh state."""
+def _restore(held: Checkpoints, ready: Experiment, like: State) -> tuple[int, State, Best | None]:
+    """The newest checkpoint, in the shapes and places of `like`."""
     notes = held.notes()
     shapes = {}
     if "best_round" in notes:
@@ -365,7 +366,7 @@ def _restore(held: Checkpoints, ready: Experiment, fresh: State) -> tuple[int, S
             "test": np.zeros((users, test), np.float32),
             "top": np.zeros(ready.split.num_items, np.int32),
         }
-    done, tree = held.load({"state": fresh, "best": shapes})
+    done, tree = held.load({"state": like, "best": shapes})
     best = None
     if shapes:
         ranks = Ranks(tree["best"]["valid"], tree["best"]["test"], tree["best"]["top"], 0)

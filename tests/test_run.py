@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -23,7 +24,7 @@ from fedjax_rec.data import clients, splits, synthetic
 from fedjax_rec.evaluate import Ranks
 from fedjax_rec.methods import METHODS
 from fedjax_rec.protocols import HONEST, PUBLISHED
-from fedjax_rec.rounds import make_engine
+from fedjax_rec.rounds import Engine, make_engine
 from fedjax_rec.run import RunConfig
 from fedjax_rec.workdir import UsageError, strict
 
@@ -269,6 +270,34 @@ def test_a_workdir_of_another_run_is_refused_naming_the_difference(tmp_path, cha
     with pytest.raises(UsageError, match=named):
         run.train(config(rounds=1, **change), tmp_path)
     assert results(tmp_path)[:2] == before
+
+
+@pytest.mark.usefixtures("no_references")
+def test_a_checkpoint_is_restored_without_a_fresh_state_beside_it(tmp_path, monkeypatch):
+    """Client state may be most of the memory: it is there once."""
+    run.train(config(rounds=4), tmp_path, data=data())
+    init = Engine.init
+
+    def traced_alone(self, key):
+        assert isinstance(key, jax.core.Tracer), "a state is made"
+        return init(self, key)
+
+    monkeypatch.setattr(Engine, "init", traced_alone)
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    assert run.train(config(rounds=4), tmp_path, data=data())["rounds"] == 4
+    assert run.judge(tmp_path, ranking="sampled_99")["judged_round"] == 4
+    with pytest.raises(AssertionError, match="a state is made"):
+        run.train(config(rounds=4), data=data())
+
+
+@pytest.mark.parametrize("method", ["fedrap", "gpfedrec"])
+def test_the_shapes_of_a_state_are_those_of_a_fresh_one(method):
+    """With their places on a mesh; GPFedRec has mail."""
+    ready = prepare(config(method=method, devices=4), data())
+    told, fresh = ready.engine.shapes(ready.key), ready.engine.init(ready.key)
+    assert jax.tree.structure(told) == jax.tree.structure(fresh)
+    for a, b in zip(jax.tree.leaves(told), jax.tree.leaves(fresh), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.sharding.is_equivalent_to(b.sharding, b.ndim)
 
 
 # ---- a real process, killed ----------------------------------------------------------------------------------
