@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from fedjax_rec.methods import METHODS, make_config
 
 IMMATERIAL = frozenset({"data_dir", "features", "checkpoint_every"})
 """Settings that may change between two starts of a run: no result depends on them (on where features lie; what is in
@@ -82,12 +85,27 @@ def differences(
     """In what two configurations differ, beside what is immaterial."""
     if "data_hash" not in a or "data_hash" not in b:  # recorded by an earlier version: nothing is known of its data
         immaterial = immaterial | {"data_hash"}
-    a, b = ({k: v for k, v in flat(config).items() if k.split(".")[0] not in immaterial} for config in (a, b))
+    a, b = (
+        {k: v for k, v in flat(with_defaults(config)).items() if k.split(".")[0] not in immaterial} for config in (a, b)
+    )
     return [
         f"{name}: {a.get(name)!r} {of_a}, {b.get(name)!r} {of_b}"
         for name in sorted(a.keys() | b.keys())
         if a.get(name) != b.get(name)
     ]
+
+
+def with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration with the settings that its method has got since it was recorded, at their defaults."""
+    name, settings = config.get("method"), config.get("settings", {})
+    if name not in METHODS:
+        return config
+    known = {field.name for field in dataclasses.fields(METHODS[name].config)}
+    try:
+        made = make_config(name, {k: v for k, v in settings.items() if k in known})
+    except ValueError:  # no longer possible: only what is recorded can be compared
+        return config
+    return {**config, "settings": {**json.loads(json.dumps(dataclasses.asdict(made))), **settings}}
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
