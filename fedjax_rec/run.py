@@ -54,7 +54,7 @@ STOPPED = "stopped early by a signal"
 
 
 class StopSignal:
-    """Remembers SIGINT and SIGTERM so that a run can end at a round's end with a checkpoint."""
+    """Remembers SIGINT and SIGTERM so that a run can end between two rounds or rankers with a checkpoint."""
 
     def __init__(self):
         self.received = False
@@ -157,17 +157,23 @@ def train_state(
             log.close()
             if held is not None:
                 held.close()
-    if progress and finished and references:
-        print("judging the training-free rankers", file=sys.stderr)
-    rankers = reference_results(ready, best.round) if finished and references and best else {}
-    summary = summarise(ready, log.lines, best, done, rankers, timing)
-    summary["status"] = "done" if finished else STOPPED
-    earlier = [line["seconds"] for line in log.lines if line["round"] <= resumed_at]  # of processes before this one
-    spent = sum(seconds["train"] + seconds.get("evaluate", 0.0) for seconds in earlier)
-    summary["seconds"]["total"] = time.perf_counter() - started + spent
-    if folder is not None and finished:
-        write_npz(folder / "per_client.npz", per_client_table(ready, best))
-        write_json(folder / "summary.json", summary)
+        rankers = {}
+        if finished and references and best:
+            if progress:
+                print("judging the training-free rankers", file=sys.stderr)
+            for name, said in reference_results(ready, best.round):
+                rankers[name] = said
+                finished = not stop.received
+                if not finished:
+                    break
+        summary = summarise(ready, log.lines, best, done, rankers, timing)
+        summary["status"] = "done" if finished else STOPPED
+        earlier = [line["seconds"] for line in log.lines if line["round"] <= resumed_at]  # of processes before this one
+        spent = sum(seconds["train"] + seconds.get("evaluate", 0.0) for seconds in earlier)
+        summary["seconds"]["total"] = time.perf_counter() - started + spent
+        if folder is not None and finished:
+            write_npz(folder / "per_client.npz", per_client_table(ready, best))
+            write_json(folder / "summary.json", summary)
     return summary, ready, state
 
 
@@ -215,7 +221,7 @@ def judge(workdir: str | os.PathLike, **changes: Any) -> dict[str, Any]:
         "selected_round": best.round if best else None,
         "judged_round": judged,
         **results_of(ready, ranks),
-        "reference_rankers": reference_results(ready, judged),
+        "reference_rankers": dict(reference_results(ready, judged)),
     }
 
 

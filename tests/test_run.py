@@ -369,6 +369,25 @@ def test_scores_that_are_not_finite_stop_before_they_are_ranked(tmp_path):
         run.train(config(settings={"lr": 1e25, "batch_size": 0}, eval_every=1), tmp_path)
 
 
+def test_a_signal_while_rankers_are_judged_leaves_only_these_to_the_next_start(tmp_path, monkeypatch):
+    run.train(config(rounds=2), tmp_path / "whole", data=data())
+
+    def interrupted(ready, rounds):
+        yield "random", {}
+        signal.raise_signal(signal.SIGINT)
+        yield "popularity", {}
+        raise AssertionError("it goes on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "reference_results", interrupted)
+        summary = run.train(config(rounds=2), tmp_path / "parts", data=data())
+    assert summary["status"] == run.STOPPED and checkpointed(tmp_path / "parts") == 2
+    assert not (tmp_path / "parts" / "summary.json").exists()
+    monkeypatch.setattr(run, "_one_round", None)
+    assert run.train(config(rounds=2), tmp_path / "parts", data=data())["status"] == "done"
+    assert_same_results(tmp_path / "whole", tmp_path / "parts")
+
+
 @pytest.mark.usefixtures("no_references")
 def test_patience_stops_after_so_many_rounds_without_improvement(tmp_path):
     stuck = config(settings=STUCK, rounds=50, patience=4)
