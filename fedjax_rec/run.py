@@ -216,6 +216,7 @@ def judge(workdir: str | os.PathLike, **changes: Any) -> dict[str, Any]:
         _check_finite(ranks, done)
     return {
         **{k: getattr(ready.config, k) for k in ("method", "dataset", "split", "protocol", "ranking", "seed")},
+        "select_metric": config.select_metric,
         "leaks": list(ready.protocol.leaks),
         "round": judged,
         "selected_round": best.round if best else None,

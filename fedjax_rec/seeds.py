@@ -95,7 +95,8 @@ def summarise(runs: Runs, wanted: set[str]) -> dict[str, Any]:
     """Mean and spread over the runs whose folders are wanted."""
     chosen = [said for home, said in zip(runs.folders, runs.summaries, strict=True) if home.name in wanted]
     first = chosen[0]
-    named = {key: first[key] for key in ("method", "backbone", "dataset", "protocol", "split", "ranking", "settings")}
+    keys = ("method", "backbone", "dataset", "protocol", "split", "ranking", "settings", "select_metric")
+    named = {key: first[key] for key in keys}
     rounds = [said["best_round"] for said in chosen]
     return {**named, "seeds": [said["seed"] for said in chosen], "best_round": rounds} | {
         part: {name: _over_seeds([said[part][name] for said in chosen]) for name in first[part]} for part in PARTS
@@ -112,7 +113,8 @@ def _over_seeds(values: list[float | int | None]) -> dict[str, Any]:
 
 def table(said: dict[str, Any]) -> str:
     """Mean ± standard deviation of the test metrics, with the training-free parts of the summaries left out."""
-    names = [name for name in said["test"] if name.startswith(("HR@", "NDCG@", "MRR"))]
+    selected_by = said.get("select_metric", "").split("+")
+    names = [name for name in said["test"] if name.startswith(("HR@", "NDCG@", "MRR")) or name in selected_by]
     rows = [[part, *(spread(said[part].get(name, {}).get("values", [])) for name in names)] for part in PARTS]
     title = (
         f"{said['method']} on {said['dataset']}, protocol {said['protocol']}: mean ± standard deviation over "
