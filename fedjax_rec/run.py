@@ -34,7 +34,17 @@ from fedjax_rec.privacy import accounting
 from fedjax_rec.protocols import Protocol
 from fedjax_rec.results import Best, per_client_table, reference_results, results_of, summarise
 from fedjax_rec.rounds import State
-from fedjax_rec.workdir import MetricsLog, UsageError, claim, read_config, read_json, write_json, write_npz
+from fedjax_rec.workdir import (
+    IMMATERIAL,
+    MetricsLog,
+    UsageError,
+    claim,
+    differences,
+    read_config,
+    read_json,
+    write_json,
+    write_npz,
+)
 
 __all__ = [
     "STOPPED",
@@ -100,7 +110,8 @@ def train_state(
 
     Args:
         config: what to run.
-        workdir: folder for logs and checkpoints; a run that finds its checkpoint there goes on from it.
+        workdir: folder for logs and checkpoints; a run that finds its checkpoint there goes on from it, also to more
+            rounds than it was begun with.
         data: see prepare.
         progress: show a progress bar.
         references: judge the training-free rankers too (a search over settings leaves them out).
@@ -118,6 +129,7 @@ def train_state(
     accounting.check(ready)
     folder = None if workdir is None else Path(workdir)
     if folder is not None:
+        _lengthen(folder, identity(ready))
         claim(folder, identity(ready))
     state, best, done, held = None, None, 0, None
     if folder is not None:
@@ -294,6 +306,31 @@ class _MemoryLog:
 
     def close(self) -> None:
         pass
+
+
+def _lengthen(folder: Path, given: Mapping[str, Any]) -> None:
+    """Gives the run in a folder more rounds, where these are all that is asked for beside it; `claim` refuses the rest.
+
+    Raises:
+        UsageError: its last round was evaluated out of turn, and perhaps selected, as in no longer run.
+    """
+    if not (folder / "config.json").exists():
+        return
+    there = read_config(folder)
+    rounds, every = there.get("rounds", 0), given["eval_every"]
+    if given["rounds"] <= rounds or differences(there, given, "there", "given", IMMATERIAL | {"rounds"}):
+        return
+    with Checkpoints(folder / "checkpoints") as held:
+        done = held.latest or 0
+    if done >= rounds:  # else it was stopped, or its patience was over and it stays finished
+        if rounds % every:
+            raise UsageError(
+                f"--rounds={given['rounds']}: {folder} holds a run of {rounds} rounds, the last of which was evaluated "
+                f"though it is no multiple of --eval_every={every}, as it is not in a longer run: use another --workdir"
+            )
+        # before it is a longer one, so that what is stopped on the way there does not look finished
+        (folder / "summary.json").unlink(missing_ok=True)
+    write_json(folder / "config.json", {**there, "rounds": given["rounds"]})
 
 
 def _finished(config: RunConfig, best: Best | None, done: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +79,7 @@ def _check_beside(config: RunConfig, folder: Path, data: tuple) -> dict[str, Any
             f"{folder} holds a single run or a search (config.json); expected a folder of seeds: use another --workdir"
         )
     held = [home for home in seed_folders(folder) if (home / "config.json").exists()]
-    given = json.loads(json.dumps(identity(run.prepare(config, data)))) if held else {}
+    given = identity(run.prepare(config, data)) if held else {}
     for home in held:
         differing = differences(read_config(home), given, "there", "given", MAY_DIFFER)
         if differing:

@@ -167,6 +167,40 @@ def test_stopped_and_started_again_equals_uninterrupted(case, tmp_path, monkeypa
     assert_same_results(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.parametrize(("first", "stopped_at"), [(4, None), (4, 3), (5, 3), (4, 4)])
+def test_a_longer_run_goes_on_and_equals_an_uninterrupted_one(first, stopped_at, tmp_path, monkeypatch):
+    """From its end, from its middle, or from where it was stopped after it was lengthened already."""
+    chosen, folder = dataclasses.replace(INTERRUPTED["cohorts"], rounds=8), tmp_path / "parts"
+    if stopped_at != 4:  # only what is evaluated when due is compared
+        monkeypatch.setattr(run, "reference_results", lambda ready, rounds: {})
+    run.train(chosen, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        if stopped_at:
+            stop_after(patch, stopped_at)
+        run.train(dataclasses.replace(chosen, rounds=first), folder)
+    assert checkpointed(folder) == (stopped_at or first)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        assert run.train(chosen, folder)["status"] == run.STOPPED
+    assert not (folder / "summary.json").exists() and run.config_of(folder).rounds == 8
+    run.train(chosen, folder)
+    assert_same_results(tmp_path / "whole", folder)
+
+
+@pytest.mark.usefixtures("no_references")
+def test_a_run_is_not_shortened_and_not_lengthened_beyond_an_evaluation_out_of_turn(tmp_path):
+    run.train(config(rounds=3), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.json*")}
+    for change, said in (
+        ({"rounds": 2}, "rounds: 3 there, 2 given"),
+        ({"rounds": 4, "seed": 1}, r"\(rounds: 3 there, 4 given; seed: 0 there, 1 given\)"),
+        ({"rounds": 4}, r"--rounds=4: .* holds a run of 3 rounds, .* no multiple of --eval_every=2"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            run.train(config(**change), tmp_path)
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def crash_at(monkeypatch, round_: int):
     """The next run dies when this round is logged, as under kill -9: nothing is saved any more."""
     append = run.MetricsLog.append
@@ -394,8 +428,9 @@ def test_patience_stops_after_so_many_rounds_without_improvement(tmp_path):
     summary = run.train(stuck, tmp_path)
     assert (summary["status"], summary["best_round"], summary["rounds"]) == ("done", 2, 6)
     assert rounds_logged(tmp_path) == [1, 2, 3, 4, 5, 6]
-    again = run.train(stuck, tmp_path)  # it has had its patience
-    assert json.dumps(again) == json.dumps(strict(summary))
+    for rounds in (50, 60):  # it has had its patience, also when more rounds are allowed
+        again = run.train(dataclasses.replace(stuck, rounds=rounds), tmp_path)
+        assert json.dumps(again) == json.dumps(strict(summary)) and run.config_of(tmp_path).rounds == rounds
 
 
 # ---- selection -----------------------------------------------------------------------------------------------
