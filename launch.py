@@ -18,6 +18,17 @@ from absl import app, flags
 EXIT_LOST, EXIT_USAGE, EXIT_DIVERGED, EXIT_AGAIN = 1, 2, 3, 75
 FLAGS = flags.FLAGS
 
+
+class Cohort(flags.ArgumentParser):
+    """Reads 1 as one client and 1.0 as the share of all."""
+
+    def parse(self, argument: str | int) -> int | float:
+        try:
+            return int(str(argument))
+        except ValueError:
+            return number("--clients_per_round", argument, float, "a whole number, or a share like 0.25")
+
+
 flags.DEFINE_enum("mode", "train", ["train", "evaluate", "benchmark", "search"], "What to do.")
 flags.DEFINE_string("workdir", None, "Folder of the run; a run with a checkpoint there is resumed.")
 flags.DEFINE_string("method", "fedmf", "Method; an unknown name is answered with the known ones.")
@@ -42,7 +53,9 @@ flags.DEFINE_integer("seed", 0, "Seed of everything the run draws.")
 flags.DEFINE_integer("seeds", 0, "Run so many seeds, from --seed on, into WORKDIR/seed_<n>; 0 for one run.")
 flags.DEFINE_multi_string("grid", [], "--mode=search: a setting and its values, key=v1,v2; repeat for more.")
 flags.DEFINE_integer("trials", 0, "--mode=search: points of the grid at most, drawn at random; 0 for all.")
-flags.DEFINE_float("clients_per_round", 0, "Clients in a round: a number, a share below 1, or 0 for all.")
+flags.DEFINE(
+    Cohort(), "clients_per_round", 0, "Clients in a round: a whole number, a share (1.0 is all), or 0 for all."
+)
 flags.DEFINE_integer("eval_every", 10, "Rounds between evaluations.")
 flags.DEFINE_integer("eval_clients", 0, "Evaluate on so many clients, drawn once; 0 for all.")
 flags.DEFINE_list("k", ["10", "50"], "Cut-offs of the metrics.")
@@ -88,6 +101,11 @@ def use_cores() -> None:
     """One virtual CPU device per core: a round's client loop runs on one core per device."""
     count = FLAGS.cpu_devices or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
     jax.config.update("jax_num_cpu_devices", count)
+
+
+def settings_from_flags() -> dict[str, str]:
+    """--set=key=value and --backbone, not yet of the settings' types."""
+    return assignments(FLAGS.set, "set") | ({"backbone": FLAGS.backbone} if FLAGS.backbone else {})
 
 
 def filters_from_flags() -> dict[str, float]:
@@ -143,9 +161,7 @@ def config_from_flags():
     from fedjax_rec.methods import make_config
     from fedjax_rec.run import RunConfig
 
-    settings = assignments(FLAGS.set, "set")
-    if FLAGS.backbone:
-        settings["backbone"] = FLAGS.backbone
+    settings = settings_from_flags()
     chosen = make_config(FLAGS.method, settings)
     return RunConfig(
         method=FLAGS.method,
@@ -159,14 +175,21 @@ def config_from_flags():
 
 def check_same_run(home: str) -> None:
     """That flags which only training obeys say what the run in a workdir was trained with."""
+    from fedjax_rec.experiment import filters_of
+    from fedjax_rec.methods import make_config
     from fedjax_rec.run import config_of
 
     held = config_of(Path(home))
-    for name in TRAINED_BY:
-        value, trained = FLAGS[name].value, getattr(held, name)
-        if FLAGS[name].present and value != trained:
+    said = [(f"--{name}", FLAGS[name].value, getattr(held, name)) for name in TRAINED_BY if FLAGS[name].present]
+    settings, filters = settings_from_flags(), filters_from_flags()
+    if settings:
+        had, asked = (make_config(held.method, {**held.settings, **given}) for given in ({}, settings))
+        said += [(f"--set {name}", getattr(asked, name), getattr(had, name)) for name in settings]
+    said += [(f"--filter {name}", value, getattr(filters_of(held), name)) for name, value in filters.items()]
+    for flag, value, trained in said:
+        if value != trained:
             raise ValueError(
-                f"--{name}={value} does nothing in --mode=evaluate: the run in {home} has {trained}; leave it out"
+                f"{flag}={value} does nothing in --mode=evaluate: the run in {home} has {trained}; leave it out"
             )
 
 

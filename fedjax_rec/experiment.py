@@ -49,7 +49,7 @@ class RunConfig:
         protocol: honest or published.
         ranking: full, or sampled_99.
         rounds, seed: length and randomness of the run.
-        clients_per_round: a number, a share below 1, or 0 for everybody.
+        clients_per_round: a whole number, a share (1.0 is everybody, and becomes 0), or 0 for everybody.
         eval_every: rounds between evaluations; the last round is always evaluated.
         eval_clients: evaluate only so many clients (drawn once, whatever the seed), 0 for all.
         ks: cut-offs of the metrics.
@@ -138,7 +138,10 @@ class RunConfig:
                 "dp_mechanism=none; set dp_mechanism to gaussian or laplace"
             )
         if self.clients_per_round > 1 and self.clients_per_round != int(self.clients_per_round):
-            raise ValueError(f"clients_per_round={self.clients_per_round}: expected a share below 1 or a whole number")
+            raise ValueError(f"clients_per_round={self.clients_per_round}: expected a whole number or a share below 1")
+        if self.clients_per_round == 1 and not isinstance(self.clients_per_round, numbers.Integral):
+            # a workdir's comparison cannot tell it from 1, which earlier versions recorded as 1.0
+            object.__setattr__(self, "clients_per_round", 0)
 
     @property
     def judged(self) -> tuple[tuple[int, ...], str]:
@@ -198,7 +201,8 @@ def cohort_size(clients_per_round: int | float, num_users: int) -> int:
     """
     if clients_per_round == 0:
         return num_users
-    count = max(round(clients_per_round * num_users), 1) if clients_per_round < 1 else int(clients_per_round)
+    share = clients_per_round <= 1 and not isinstance(clients_per_round, numbers.Integral)
+    count = max(round(clients_per_round * num_users), 1) if share else int(clients_per_round)
     if count > num_users:
         raise UsageError(f"--clients_per_round={count}: the data set has {num_users} users; give at most that")
     return count
@@ -210,11 +214,8 @@ def load_data(config: RunConfig) -> tuple[Interactions, Split, dict[str, Feature
         made = synthetic.make()
         interactions, features = made.interactions, made.features
     else:
-        known = readers.DATASETS.get(config.dataset)
-        default = known.filters if known else Filters()
-        filters = dataclasses.replace(default, **config.filters)
         interactions = readers.load(
-            config.dataset, config.data_dir, filters=filters, filmtrust_time=config.filmtrust_time
+            config.dataset, config.data_dir, filters=filters_of(config), filmtrust_time=config.filmtrust_time
         )
         known_features = config.dataset in features_module.FEATURES and config.data_dir
         features = (
@@ -223,6 +224,12 @@ def load_data(config: RunConfig) -> tuple[Interactions, Split, dict[str, Feature
     features = {**features, **given_features(config, interactions)}
     split = splits.make(interactions, config.split, seed=config.split_seed, data_dir=config.data_dir, ties=config.ties)
     return interactions, split, features
+
+
+def filters_of(config: RunConfig) -> Filters:
+    """The data set's own filters, with those of config.filters in their place."""
+    known = readers.DATASETS.get(config.dataset)
+    return dataclasses.replace(known.filters if known else Filters(), **config.filters)
 
 
 def given_features(config: RunConfig, interactions: Interactions) -> dict[str, Features]:

@@ -135,12 +135,10 @@ def load_run(
     check_same_data(folder, ready, "give load_run those of the run")
     lengths = np.diff(row_offsets(ready.split.train.user, ready.split.num_users))
     most = -(-ready.split.num_users // trained_on) * trained_on
-    shapes = jax.eval_shape(ready.engine.init, ready.key)
-    resized = lambda x: jax.ShapeDtypeStruct((most, *x.shape[1:]), x.dtype)
+    shapes = ready.engine.shapes(ready.key)
+    resized = lambda x: jax.ShapeDtypeStruct((most, *x.shape[1:]), x.dtype, sharding=x.sharding)
     saved = shapes.replace(clients=jax.tree.map(resized, shapes.clients), mail=jax.tree.map(resized, shapes.mail))
-    here = NamedSharding(ready.engine.mesh, P())
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
-    done, state = restore(folder, ready, like)
+    done, state = restore(folder, ready, saved)
     path = folder / "summary.json"
     summary = read_json(path) if path.exists() else None
     return _one_device(ready, state, deal(lengths, trained_on), done, summary)

@@ -11,25 +11,32 @@ import numpy as np
 
 from fedjax_rec import metrics
 from fedjax_rec.privacy import accounting
-from fedjax_rec.workdir import read_json, read_lines
+from fedjax_rec.workdir import read_json, read_lines, strict
 
 PARTS = ("test", "test_seen", "test_unseen")
 
 
 def table(summary: Mapping[str, Any]) -> str:
     """The selected round beside the training-free rankers."""
+    test, rankers = summary["test"], summary["reference_rankers"]
     hits = "Recall@" if summary["split"] == "cold_items" else "HR@"  # cold items: a client may have several targets
-    chosen = [n for n in summary["test"] if n.startswith((hits, "NDCG@", "NDCG_released@"))]
-    head = ["", *(f"{n}" for n in chosen), "seen " + chosen[0], "unseen " + chosen[0]]
-    rows = [_row(f"{summary['method']} (round {summary.get('round') or summary['best_round']})", summary, chosen)]
-    rows += [_row(name, said, chosen) for name, said in summary["reference_rankers"].items()]
+    several = any(_recall_tells(said["test"]) for said in (summary, *rankers.values()))
+    families = (hits, "NDCG@", "NDCG_released@", *(["Recall@"] if several else []))
+    selected_by = summary.get("select_metric", "").split("+")
+    chosen = [n for n in test if n.startswith(families) or n in selected_by]
+    parted = next(n for n in chosen if n.startswith(hits))
+    head = ["", *chosen, "seen " + parted, "unseen " + parted]
+    rows = [
+        _row(f"{summary['method']} (round {summary.get('round') or summary['best_round']})", summary, chosen, parted)
+    ]
+    rows += [_row(name, said, chosen, parted) for name, said in rankers.items()]
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
     lines = [
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, widths, strict=True)))
         for r in [head, *rows]
     ]
-    test = summary["test"]
-    known = [n for n in test if n.startswith(("Coverage", "PopularityBias", "MRR")) and test[n] is not None]
+    beside = [n for n in test if n.startswith(("Coverage", "PopularityBias", "MRR")) and n not in chosen]
+    known = [n for n in beside if test[n] is not None]
     extra = ", ".join(f"{n} {test[n]:.3f}" for n in known)
     title = (
         f"{summary['dataset']}, protocol {summary['protocol']}, {summary['ranking']} ranking, "
@@ -43,10 +50,17 @@ def table(summary: Mapping[str, Any]) -> str:
     return "\n".join(["", title, lines[0], "-" * len(lines[0]), *lines[1:], extra, *notes, *leaks, *privacy])
 
 
-def _row(name: str, said: Mapping[str, Any], chosen: list[str]) -> list[str]:
+def _recall_tells(test: Mapping[str, Any]) -> bool:
+    """Whether users have several targets: with one at most, Recall@k is HR@k."""
+    known = strict(test)
+    hits = {name: value for name, value in known.items() if name.startswith("HR@")}
+    return any(known.get(name.replace("HR@", "Recall@"), value) != value for name, value in hits.items())
+
+
+def _row(name: str, said: Mapping[str, Any], chosen: list[str], parted: str) -> list[str]:
     show = lambda value: f"{value:.4f}" if value is not None and np.isfinite(value) else "-"  # JSON has no NaN
     cells = [show(said["test"][n]) for n in chosen]
-    return [name, *cells, show(said["test_seen"][chosen[0]]), show(said["test_unseen"][chosen[0]])]
+    return [name, *cells, show(said["test_seen"][parted]), show(said["test_unseen"][parted])]
 
 
 def plots(workdir: str | os.PathLike) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -77,15 +78,19 @@ def per_client_table(ready: Experiment, best: Best) -> dict[str, np.ndarray]:
     }
 
 
-def reference_results(ready: Experiment, rounds: int) -> dict[str, Any]:
-    """All training-free rankers under the run's protocol, {name: {valid, test, test_seen, test_unseen}}."""
+def reference_results(ready: Experiment, rounds: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All training-free rankers under the run's protocol, one after the other: (name, {valid, test, test_seen,
+    test_unseen})."""
     evaluator, cohort = ready.evaluator, ready.eval_cohort
-    said = {n: results_of(ready, r) for n, r in reference.popularity_rankers(evaluator, cohort).items()}
+    for name, ranks in reference.popularity_rankers(evaluator, cohort).items():
+        yield name, results_of(ready, ranks)
     draws = [results_of(ready, r) for r in reference.random_ranker(evaluator, ready.config.seed, cohort)]
-    said["random"] = jax.tree.map(lambda *values: float(np.mean(values)), *draws)
-    content = reference.content_rankers(evaluator, ready.features, cohort)
-    own = {name: ranker(evaluator, cohort) for name, ranker in reference.RANKERS.items()}
-    said |= {name: results_of(ready, ranks) for name, ranks in (content | own).items() if ranks is not None}
+    yield "random", jax.tree.map(lambda *values: float(np.mean(values)), *draws)
+    for name, ranks in reference.content_rankers(evaluator, ready.features, cohort).items():
+        yield name, results_of(ready, ranks)
+    for name, ranker in reference.RANKERS.items():
+        if (ranks := ranker(evaluator, cohort)) is not None:
+            yield name, results_of(ready, ranks)
     users = None
     share = reference.affordable_share(evaluator, rounds)
     if share < 1 and cohort is None:
@@ -96,8 +101,7 @@ def reference_results(ready: Experiment, rounds: int) -> dict[str, Any]:
     seen = rounds + (ready.method.evaluate_at == "post_local")
     replayed = reference.least_sampled(evaluator, ready.key, seen, participation(ready, rounds, seen), cohort)
     if replayed is not None:
-        said["least_sampled"] = results_of(ready, replayed)
-    return said
+        yield "least_sampled", results_of(ready, replayed)
 
 
 def participation(ready: Experiment, rounds: int, seen: int) -> np.ndarray | None:
@@ -120,7 +124,7 @@ def summarise(
         lines: of metrics.jsonl.
         best: the selected round, or None if nothing was evaluated.
         done: rounds run.
-        rankers: see reference_results.
+        rankers: those of reference_results by name.
         timing: `compile`, the seconds of the first round of this process.
     """
     config = ready.config

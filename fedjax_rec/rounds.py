@@ -120,6 +120,16 @@ class Engine:
         users = jax.device_put(self.clients.users, NamedSharding(self.mesh, P(AXIS)))
         return _init(self, key, users)
 
+    def shapes(self, key: PRNGKey) -> State:
+        """`init` as shapes and places alone: what a restore needs, without a second state beside it."""
+        fresh = jax.eval_shape(self.init, key)
+
+        def placed(tree, spec):
+            sharding = NamedSharding(self.mesh, spec)
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+        return State(placed(fresh.server, P()), placed(fresh.clients, P(AXIS)), placed(fresh.mail, P(AXIS)))
+
     def round(self, key: PRNGKey, state: State, round_: int, cohort: Cohort | None = None):
         """One federated round: (state, info). `state` is donated.
 

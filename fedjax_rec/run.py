@@ -34,7 +34,17 @@ from fedjax_rec.privacy import accounting
 from fedjax_rec.protocols import Protocol
 from fedjax_rec.results import Best, per_client_table, reference_results, results_of, summarise
 from fedjax_rec.rounds import State
-from fedjax_rec.workdir import MetricsLog, UsageError, claim, read_config, read_json, write_json, write_npz
+from fedjax_rec.workdir import (
+    IMMATERIAL,
+    MetricsLog,
+    UsageError,
+    claim,
+    differences,
+    read_config,
+    read_json,
+    write_json,
+    write_npz,
+)
 
 __all__ = [
     "STOPPED",
@@ -54,7 +64,7 @@ STOPPED = "stopped early by a signal"
 
 
 class StopSignal:
-    """Remembers SIGINT and SIGTERM so that a run can end at a round's end with a checkpoint."""
+    """Remembers SIGINT and SIGTERM so that a run can end between two rounds or rankers with a checkpoint."""
 
     def __init__(self):
         self.received = False
@@ -100,7 +110,8 @@ def train_state(
 
     Args:
         config: what to run.
-        workdir: folder for logs and checkpoints; a run that finds its checkpoint there goes on from it.
+        workdir: folder for logs and checkpoints; a run that finds its checkpoint there goes on from it, also to more
+            rounds than it was begun with.
         data: see prepare.
         progress: show a progress bar.
         references: judge the training-free rankers too (a search over settings leaves them out).
@@ -118,19 +129,21 @@ def train_state(
     accounting.check(ready)
     folder = None if workdir is None else Path(workdir)
     if folder is not None:
+        _lengthen(folder, identity(ready))
         claim(folder, identity(ready))
-    state = ready.engine.init(ready.key)
-    best, done, held = None, 0, None
+    state, best, done, held = None, None, 0, None
     if folder is not None:
         held = Checkpoints(folder / "checkpoints")
         if held.latest is not None:
-            done, state, best = _restore(held, ready, state)
+            done, state, best = _restore(held, ready, ready.engine.shapes(ready.key))
         if _finished(config, best, done) and (folder / "summary.json").exists():
             held.close()
             if not (folder / "per_client.npz").exists():
                 write_npz(folder / "per_client.npz", per_client_table(ready, best))
             # not made anew: what it says of times, memory, versions and device is the run's, not this process's
             return read_json(folder / "summary.json"), ready, state
+    if state is None:
+        state = ready.engine.init(ready.key)
     log = MetricsLog(folder, done) if folder is not None else _MemoryLog()
     timing = {"compile": None}
     bar = tqdm(total=config.rounds, initial=done, unit="round", disable=not progress, dynamic_ncols=True)
@@ -156,17 +169,23 @@ def train_state(
             log.close()
             if held is not None:
                 held.close()
-    if progress and finished and references:
-        print("judging the training-free rankers", file=sys.stderr)
-    rankers = reference_results(ready, best.round) if finished and references and best else {}
-    summary = summarise(ready, log.lines, best, done, rankers, timing)
-    summary["status"] = "done" if finished else STOPPED
-    earlier = [line["seconds"] for line in log.lines if line["round"] <= resumed_at]  # of processes before this one
-    spent = sum(seconds["train"] + seconds.get("evaluate", 0.0) for seconds in earlier)
-    summary["seconds"]["total"] = time.perf_counter() - started + spent
-    if folder is not None and finished:
-        write_npz(folder / "per_client.npz", per_client_table(ready, best))
-        write_json(folder / "summary.json", summary)
+        rankers = {}
+        if finished and references and best:
+            if progress:
+                print("judging the training-free rankers", file=sys.stderr)
+            for name, said in reference_results(ready, best.round):
+                rankers[name] = said
+                finished = not stop.received
+                if not finished:
+                    break
+        summary = summarise(ready, log.lines, best, done, rankers, timing)
+        summary["status"] = "done" if finished else STOPPED
+        earlier = [line["seconds"] for line in log.lines if line["round"] <= resumed_at]  # of processes before this one
+        spent = sum(seconds["train"] + seconds.get("evaluate", 0.0) for seconds in earlier)
+        summary["seconds"]["total"] = time.perf_counter() - started + spent
+        if folder is not None and finished:
+            write_npz(folder / "per_client.npz", per_client_table(ready, best))
+            write_json(folder / "summary.json", summary)
     return summary, ready, state
 
 
@@ -209,12 +228,13 @@ def judge(workdir: str | os.PathLike, **changes: Any) -> dict[str, Any]:
         _check_finite(ranks, done)
     return {
         **{k: getattr(ready.config, k) for k in ("method", "dataset", "split", "protocol", "ranking", "seed")},
+        "select_metric": config.select_metric,
         "leaks": list(ready.protocol.leaks),
         "round": judged,
         "selected_round": best.round if best else None,
         "judged_round": judged,
         **results_of(ready, ranks),
-        "reference_rankers": reference_results(ready, judged),
+        "reference_rankers": dict(reference_results(ready, judged)),
     }
 
 
@@ -253,6 +273,8 @@ def _same_pairs(folder: Path, recorded: str | None, ready: Experiment) -> bool:
 def config_of(workdir: Path) -> RunConfig:
     """The configuration that a workdir was run with; UsageError if there is none."""
     held = read_config(workdir)
+    if held.get("clients_per_round") == 1:  # earlier versions wrote 1.0 for one client
+        held["clients_per_round"] = 1
     names = {field.name for field in dataclasses.fields(RunConfig)}
     return RunConfig(**{k: tuple(v) if k == "ks" else v for k, v in held.items() if k in names})
 
@@ -270,7 +292,7 @@ def _newest(workdir: Path, ready: Experiment, like: State | None = None) -> tupl
     with Checkpoints(folder) as checkpoints:
         if checkpoints.latest is None:
             raise UsageError(f"{workdir}: holds no checkpoint; train first")
-        return _restore(checkpoints, ready, like or ready.engine.init(ready.key))
+        return _restore(checkpoints, ready, like or ready.engine.shapes(ready.key))
 
 
 class _MemoryLog:
@@ -284,6 +306,31 @@ class _MemoryLog:
 
     def close(self) -> None:
         pass
+
+
+def _lengthen(folder: Path, given: Mapping[str, Any]) -> None:
+    """Gives the run in a folder more rounds, where these are all that is asked for beside it; `claim` refuses the rest.
+
+    Raises:
+        UsageError: its last round was evaluated out of turn, and perhaps selected, as in no longer run.
+    """
+    if not (folder / "config.json").exists():
+        return
+    there = read_config(folder)
+    rounds, every = there.get("rounds", 0), given["eval_every"]
+    if given["rounds"] <= rounds or differences(there, given, "there", "given", IMMATERIAL | {"rounds"}):
+        return
+    with Checkpoints(folder / "checkpoints") as held:
+        done = held.latest or 0
+    if done >= rounds:  # else it was stopped, or its patience was over and it stays finished
+        if rounds % every:
+            raise UsageError(
+                f"--rounds={given['rounds']}: {folder} holds a run of {rounds} rounds, the last of which was evaluated "
+                f"though it is no multiple of --eval_every={every}, as it is not in a longer run: use another --workdir"
+            )
+        # before it is a longer one, so that what is stopped on the way there does not look finished
+        (folder / "summary.json").unlink(missing_ok=True)
+    write_json(folder / "config.json", {**there, "rounds": given["rounds"]})
 
 
 def _finished(config: RunConfig, best: Best | None, done: int) -> bool:
@@ -351,8 +398,8 @@ def _save(held: Checkpoints, done: int, state: State, best: Best | None) -> None
     held.save(done, {"state": state, "best": ranks}, notes)
 
 
-def _restore(held: Checkpoints, ready: Experiment, fresh: State) -> tuple[int, State, Best | None]:
-    """The newest checkpoint, in the shapes and places of a fresh state."""
+def _restore(held: Checkpoints, ready: Experiment, like: State) -> tuple[int, State, Best | None]:
+    """The newest checkpoint, in the shapes and places of `like`."""
     notes = held.notes()
     shapes = {}
     if "best_round" in notes:
@@ -363,7 +410,7 @@ def _restore(held: Checkpoints, ready: Experiment, fresh: State) -> tuple[int, S
             "test": np.zeros((users, test), np.float32),
             "top": np.zeros(ready.split.num_items, np.int32),
         }
-    done, tree = held.load({"state": fresh, "best": shapes})
+    done, tree = held.load({"state": like, "best": shapes})
     best = None
     if shapes:
         ranks = Ranks(tree["best"]["valid"], tree["best"]["test"], tree["best"]["top"], 0)

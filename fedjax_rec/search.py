@@ -26,32 +26,33 @@ from fedjax_rec.methods import make_config
 from fedjax_rec.workdir import UsageError, claim, read_lines, write_lines, write_text
 
 FAILED = 0.0
-"""Score of a trial whose loss or scores stopped being finite."""
+"""Score of a trial that diverged, does not fit in memory, or has settings that the data refuse."""
 
 
 def judge(config: RunConfig, data: tuple) -> dict[str, Any]:
     """What a search may know of one run: `score` (the selection metric on validation at the selected round),
-    `best_round`, `seconds`, and `error` for a run that diverged. `status` is that of run.train."""
+    `best_round`, `seconds`, and `error` for a run that failed. `status` is that of run.train."""
     began = time.perf_counter()
     try:
         summary = run.train(config, data=data, references=False)
         said = {"status": summary["status"]}
         if summary["best_round"] is not None:
             said |= {"score": metrics.read(summary["valid"], config.select_metric), "best_round": summary["best_round"]}
-    except FloatingPointError as error:
-        said = {"status": "done", "score": FAILED, "error": str(error)}
+    except (FloatingPointError, ValueError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        said = {"status": "done", "score": FAILED, "error": str(error).split("\n")[0] or type(error).__name__}
     return {**said, "seconds": time.perf_counter() - began}
 
 
-def grid_points(method: str, grid: Mapping[str, str]) -> list[dict[str, Any]]:
+def grid_points(method: str, grid: Mapping[str, str], base: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """All combinations of the grid's values, as settings of the method.
 
     Args:
         method: a name in METHODS.
         grid: setting -> values between commas; values that hold commas themselves are put between semicolons.
+        base: settings that every point starts from.
 
     Raises:
-        ValueError: an empty grid, a setting the method does not have, or a value it cannot take.
+        ValueError: an empty grid, a setting the method does not have, or a value it cannot take beside the base.
     """
     if not grid:
         raise ValueError("--grid: expected at least one setting with its values, like --grid lr=0.5,1,2")
@@ -62,7 +63,7 @@ def grid_points(method: str, grid: Mapping[str, str]) -> list[dict[str, Any]]:
     points = []
     for combination in itertools.product(*values.values()):
         text = dict(zip(values, combination, strict=True))
-        config = make_config(method, text)
+        config = make_config(method, {**(base or {}), **text})
         points.append({name: getattr(config, name) for name in text})
     return points
 
@@ -93,7 +94,7 @@ def search(
     """
     if trials < 0:
         raise ValueError(f"--trials={trials}: expected a number of trials, or 0 for the whole grid")
-    points = grid_points(config.method, grid)
+    points = grid_points(config.method, grid, config.settings)
     order = np.random.default_rng(config.seed).permutation(len(points))[: trials or None]
     folder = Path(workdir)
     devices = config.devices or len(jax.devices())
@@ -124,8 +125,8 @@ def search(
 
 
 def best_of(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The trial with the highest score, the earlier of equal ones."""
-    return max(lines, key=lambda line: line["score"])
+    """The trial with the highest score, the earlier of equal ones; one that failed where all did."""
+    return max(lines, key=_merit)
 
 
 def flagfile(config: RunConfig, best: Mapping[str, Any], metric: str, trials: int) -> str:
@@ -151,10 +152,17 @@ def flagfile(config: RunConfig, best: Mapping[str, Any], metric: str, trials: in
 
 
 def table(config: RunConfig, lines: Sequence[Mapping[str, Any]], most: int = 10) -> str:
-    """The best trials, best first."""
-    ranked = sorted(lines, key=lambda line: -line["score"])[:most]
-    rows = [f"{_score(line)}  {_text(line['settings'])}" for line in ranked]
+    """The best trials, best first, and those that failed."""
+    failed = [line for line in lines if "error" in line]
+    ranked = sorted((line for line in lines if "error" not in line), key=_merit, reverse=True)
+    rows = [f"{_score(line)}  {_text(line['settings'])}" for line in ranked[:most]]
+    rows += [f"failed  {_text(line['settings'])}: {line['error']}" for line in failed[:most]]
+    rows += [f"{len(failed) - most} more failed"] if len(failed) > most else []
     return "\n".join(["", f"validation {config.select_metric}, best of {len(lines)} trials first", *rows])
+
+
+def _merit(line: Mapping[str, Any]) -> tuple[bool, float]:
+    return "error" not in line, line["score"]
 
 
 def _pairs(settings: Mapping[str, Any]) -> list[str]:
@@ -167,4 +175,4 @@ def _text(settings: Mapping[str, Any]) -> str:
 
 
 def _score(line: Mapping[str, Any]) -> str:
-    return "diverged" if "error" in line else f"{line['score']:.4f} (round {line['best_round']})"
+    return f"failed ({line['error']})" if "error" in line else f"{line['score']:.4f} (round {line['best_round']})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +79,7 @@ def _check_beside(config: RunConfig, folder: Path, data: tuple) -> dict[str, Any
             f"{folder} holds a single run or a search (config.json); expected a folder of seeds: use another --workdir"
         )
     held = [home for home in seed_folders(folder) if (home / "config.json").exists()]
-    given = json.loads(json.dumps(identity(run.prepare(config, data)))) if held else {}
+    given = identity(run.prepare(config, data)) if held else {}
     for home in held:
         differing = differences(read_config(home), given, "there", "given", MAY_DIFFER)
         if differing:
@@ -95,7 +94,8 @@ def summarise(runs: Runs, wanted: set[str]) -> dict[str, Any]:
     """Mean and spread over the runs whose folders are wanted."""
     chosen = [said for home, said in zip(runs.folders, runs.summaries, strict=True) if home.name in wanted]
     first = chosen[0]
-    named = {key: first[key] for key in ("method", "backbone", "dataset", "protocol", "split", "ranking", "settings")}
+    keys = ("method", "backbone", "dataset", "protocol", "split", "ranking", "settings", "select_metric")
+    named = {key: first[key] for key in keys}
     rounds = [said["best_round"] for said in chosen]
     return {**named, "seeds": [said["seed"] for said in chosen], "best_round": rounds} | {
         part: {name: _over_seeds([said[part][name] for said in chosen]) for name in first[part]} for part in PARTS
@@ -112,7 +112,8 @@ def _over_seeds(values: list[float | int | None]) -> dict[str, Any]:
 
 def table(said: dict[str, Any]) -> str:
     """Mean ± standard deviation of the test metrics, with the training-free parts of the summaries left out."""
-    names = [name for name in said["test"] if name.startswith(("HR@", "NDCG@", "MRR"))]
+    selected_by = said.get("select_metric", "").split("+")
+    names = [name for name in said["test"] if name.startswith(("HR@", "NDCG@", "MRR")) or name in selected_by]
     rows = [[part, *(spread(said[part].get(name, {}).get("values", [])) for name in names)] for part in PARTS]
     title = (
         f"{said['method']} on {said['dataset']}, protocol {said['protocol']}: mean ± standard deviation over "

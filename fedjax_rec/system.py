@@ -15,6 +15,12 @@ import psutil
 from fedjax_rec import __version__
 
 MAPS, MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+CGROUP = Path("/sys/fs/cgroup")
+CGROUP_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+"""Of version 2 and of version 1: limit, use, and where and under what name the use tells the cache that can go."""
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -29,15 +35,29 @@ def device_name() -> str:
 
 
 def available_bytes(devices: Sequence) -> int | None:
-    """Free memory of `devices` together, each counted as the fullest one (CPU: of the machine), or None where the
-    backend does not say."""
+    """Free memory of `devices` together, each counted as the fullest one (CPU: of the machine or container), or None
+    where the backend does not say."""
     if jax.default_backend() == "cpu":
-        return psutil.virtual_memory().available
+        return min([psutil.virtual_memory().available, *cgroup_bytes()])
     stats = [device.memory_stats() for device in devices]
     if any(s is None or "bytes_limit" not in s for s in stats):
         return None
     # what is spread is spread evenly
     return len(stats) * min(s["bytes_limit"] - s.get("bytes_in_use", 0) for s in stats)
+
+
+def cgroup_bytes(root: Path = CGROUP) -> list[int]:
+    """What is free below each limit of the process's control group; the system's figures are those of the host."""
+    free = []
+    for limit, used, stat, cache in CGROUP_FILES:
+        try:
+            most, taken = ((root / name).read_text().strip() for name in (limit, used))
+            kept = dict(line.split() for line in (root / stat).read_text().splitlines())
+        except OSError:
+            continue
+        if most != "max":
+            free.append(max(int(most) - int(taken) + int(kept.get(cache, 0)), 0))
+    return free
 
 
 def peak_memory_bytes() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from fedjax_rec.methods import METHODS, make_config
 
 IMMATERIAL = frozenset({"data_dir", "features", "checkpoint_every"})
 """Settings that may change between two starts of a run: no result depends on them (on where features lie; what is in
@@ -60,15 +63,14 @@ def claim(folder: Path, config: Mapping[str, Any]) -> None:
     except OSError as error:
         raise UsageError(f"{folder}: cannot be a workdir ({error.strerror}); use another --workdir") from None
     path = folder / "config.json"
-    given = json.loads(json.dumps(config))
     if not path.exists():
         if any(folder.glob("seed_*/config.json")):
             raise UsageError(
                 f"{folder} holds runs of several seeds: use another --workdir, or --seeds=n to go on with it"
             )
-        write_json(path, given)
+        write_json(path, config)
         return
-    differing = differences(read_config(folder), given, "there", "given")
+    differing = differences(read_config(folder), config, "there", "given")
     if differing:
         raise UsageError(
             f"{folder} holds a run with another configuration ({'; '.join(differing)}): "
@@ -82,12 +84,25 @@ def differences(
     """In what two configurations differ, beside what is immaterial."""
     if "data_hash" not in a or "data_hash" not in b:  # recorded by an earlier version: nothing is known of its data
         immaterial = immaterial | {"data_hash"}
-    a, b = ({k: v for k, v in flat(config).items() if k.split(".")[0] not in immaterial} for config in (a, b))
+    a, b = (flat(json.loads(json.dumps(with_defaults(config)))) for config in (a, b))  # with lists for tuples
     return [
         f"{name}: {a.get(name)!r} {of_a}, {b.get(name)!r} {of_b}"
         for name in sorted(a.keys() | b.keys())
-        if a.get(name) != b.get(name)
+        if a.get(name) != b.get(name) and name.split(".")[0] not in immaterial
     ]
+
+
+def with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration with the settings that its method has got since it was recorded, at their defaults."""
+    name, settings = config.get("method"), config.get("settings", {})
+    if name not in METHODS:
+        return config
+    known = {field.name for field in dataclasses.fields(METHODS[name].config)}
+    try:
+        made = make_config(name, {k: v for k, v in settings.items() if k in known})
+    except ValueError:  # no longer possible: only what is recorded can be compared
+        return config
+    return {**config, "settings": {**dataclasses.asdict(made), **settings}}
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:

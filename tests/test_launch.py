@@ -92,6 +92,7 @@ BAD = {
     "number": (["--rounds=many"], "rounds"),
     "no rounds": (["--rounds=0"], "rounds=0"),
     "no cut-off": (["--k="], "ks=(): expected one cut-off or more"),
+    "cohort in words": (["--clients_per_round=most"], "--clients_per_round=most: expected a whole number, or a share"),
     "endless cohort": (["--clients_per_round=inf"], "clients_per_round=inf: expected a finite number"),
     "cut-off": (["--k=ten"], "--k=ten: expected whole numbers"),
     "too many clients": (["--clients_per_round=9999", *TINY], "600 users"),
@@ -196,6 +197,14 @@ def test_flags_reach_the_configuration(launch):
 
 
 @pytest.mark.usefixtures("typed")
+@pytest.mark.parametrize(("text", "size"), [("1", 1), ("1.0", 40), ("0", 40), ("7", 7), ("7.0", 7), ("0.25", 10)])
+def test_one_client_and_the_share_of_all_are_told_apart(launch, text, size):
+    from fedjax_rec.run import cohort_size
+
+    assert cohort_size(configured(launch, f"--clients_per_round={text}").clients_per_round, 40) == size
+
+
+@pytest.mark.usefixtures("typed")
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -286,6 +295,30 @@ def test_evaluation_refuses_what_the_run_was_not_trained_with(stopped, typed, fo
     code, output, error = typed(*evaluate, "--split=given")
     assert (code, output) == (2, "") and "--split=given does nothing in --mode=evaluate: the run in" in error
     assert "has leave_one_out; leave it out" in error
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--set=lr=1e-3"], "--set lr=0.001 does nothing in --mode=evaluate: the run in {} has 0.5; leave it out"),
+        (["--set=no=1"], "--set no: fedrkg has no such setting"),
+        (["--backbone=pfedrec"], "--set backbone=pfedrec does nothing in --mode=evaluate: the run in {} has fedncf"),
+        (["--filter=min_user=3"], "--filter min_user=3 does nothing in --mode=evaluate: the run in {} has 10; leave"),
+        (["--filter=min_rating=2"], "--filter min_rating=2.0 does nothing in --mode=evaluate: the run in {} has 4.0"),
+        (["--set=lr=0.50", "--set=layers=16,8", "--backbone=fedncf", "--filter=min_user=10"], "set --data_dir to"),
+    ],
+    ids=str,
+)
+def test_evaluation_refuses_settings_and_filters_that_the_run_does_not_have(typed, tmp_path, given, said):
+    """Those that it has may be given, in any spelling, also a filter that is the data set's own."""
+    from fedjax_rec.run import RunConfig
+
+    settings = {"backbone": "fedncf", "lr": 0.5, "layers": (16, 8)}
+    config = RunConfig(method="fedrkg", settings=settings, dataset="filmtrust", filters={"min_rating": 4.0})
+    (tmp_path / "config.json").write_text(json.dumps(config.recorded()))
+    code, output, error = typed("--mode=evaluate", f"--workdir={tmp_path}", *given)
+    assert (code, output) == (2, "") and error.count("\n") == 1
+    assert said.format(tmp_path) in error
 
 
 QUICK = ("--rounds=4", "--eval_every=2", "--k=5,10", "--devices=1")

@@ -53,6 +53,23 @@ def test_the_new_method_of_the_readme_trains(entered):
     assert found > popular
 
 
+def test_the_new_method_of_the_readme_obeys_its_settings(entered, monkeypatch):
+    """`optimizer` too, which it must hand on."""
+    from fedjax_rec import roles
+
+    asked, real = [], roles.local_sgd
+
+    def local_sgd(loss, rates, **options):
+        asked.append((rates, options))
+        return real(loss, rates, **options)
+
+    monkeypatch.setattr(roles, "local_sgd", local_sgd)
+    exec(next(block for block in BLOCKS if "def my_method" in block), {})
+    methods.build("my_method", 6, 5, optimizer="adam", lr=0.25)
+    ((rates, options),) = asked
+    assert options["optimizer"] == "adam" and rates["user"] == 0.25
+
+
 def test_the_metric_and_the_ranker_of_the_readme_stand_with_the_others(entered):
     exec(next(block for block in BLOCKS if "rare_first" in block), {})
     reference.RANKERS["nothing"] = lambda evaluator, cohort: None

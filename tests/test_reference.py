@@ -213,7 +213,7 @@ def test_under_post_local_the_draws_of_the_judged_update_count_too():
     np.testing.assert_array_equal(results.participation(ready, 3, 4), took_part)
     counts = slow_counts(ready.evaluator, 4, took_part)
     _, test = slow_ranks(lambda user, item: -counts[user, item])
-    said = results.reference_results(ready, 3)["least_sampled"]["test"]
+    said = dict(results.reference_results(ready, 3))["least_sampled"]["test"]
     expected = metrics.summarise(test, config.ks)
     for name, value in expected.items():
         # float32 means of the same ranks

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -23,7 +24,7 @@ from fedjax_rec.data import clients, splits, synthetic
 from fedjax_rec.evaluate import Ranks
 from fedjax_rec.methods import METHODS
 from fedjax_rec.protocols import HONEST, PUBLISHED
-from fedjax_rec.rounds import make_engine
+from fedjax_rec.rounds import Engine, make_engine
 from fedjax_rec.run import RunConfig
 from fedjax_rec.workdir import UsageError, strict
 
@@ -166,6 +167,40 @@ def test_stopped_and_started_again_equals_uninterrupted(case, tmp_path, monkeypa
     assert_same_results(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.parametrize(("first", "stopped_at"), [(4, None), (4, 3), (5, 3), (4, 4)])
+def test_a_longer_run_goes_on_and_equals_an_uninterrupted_one(first, stopped_at, tmp_path, monkeypatch):
+    """From its end, from its middle, or from where it was stopped after it was lengthened already."""
+    chosen, folder = dataclasses.replace(INTERRUPTED["cohorts"], rounds=8), tmp_path / "parts"
+    if stopped_at != 4:  # only what is evaluated when due is compared
+        monkeypatch.setattr(run, "reference_results", lambda ready, rounds: {})
+    run.train(chosen, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        if stopped_at:
+            stop_after(patch, stopped_at)
+        run.train(dataclasses.replace(chosen, rounds=first), folder)
+    assert checkpointed(folder) == (stopped_at or first)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        assert run.train(chosen, folder)["status"] == run.STOPPED
+    assert not (folder / "summary.json").exists() and run.config_of(folder).rounds == 8
+    run.train(chosen, folder)
+    assert_same_results(tmp_path / "whole", folder)
+
+
+@pytest.mark.usefixtures("no_references")
+def test_a_run_is_not_shortened_and_not_lengthened_beyond_an_evaluation_out_of_turn(tmp_path):
+    run.train(config(rounds=3), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.json*")}
+    for change, said in (
+        ({"rounds": 2}, "rounds: 3 there, 2 given"),
+        ({"rounds": 4, "seed": 1}, r"\(rounds: 3 there, 4 given; seed: 0 there, 1 given\)"),
+        ({"rounds": 4}, r"--rounds=4: .* holds a run of 3 rounds, .* no multiple of --eval_every=2"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            run.train(config(**change), tmp_path)
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def crash_at(monkeypatch, round_: int):
     """The next run dies when this round is logged, as under kill -9: nothing is saved any more."""
     append = run.MetricsLog.append
@@ -271,6 +306,34 @@ def test_a_workdir_of_another_run_is_refused_naming_the_difference(tmp_path, cha
     assert results(tmp_path)[:2] == before
 
 
+@pytest.mark.usefixtures("no_references")
+def test_a_checkpoint_is_restored_without_a_fresh_state_beside_it(tmp_path, monkeypatch):
+    """Client state may be most of the memory: it is there once."""
+    run.train(config(rounds=4), tmp_path, data=data())
+    init = Engine.init
+
+    def traced_alone(self, key):
+        assert isinstance(key, jax.core.Tracer), "a state is made"
+        return init(self, key)
+
+    monkeypatch.setattr(Engine, "init", traced_alone)
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    assert run.train(config(rounds=4), tmp_path, data=data())["rounds"] == 4
+    assert run.judge(tmp_path, ranking="sampled_99")["judged_round"] == 4
+    with pytest.raises(AssertionError, match="a state is made"):
+        run.train(config(rounds=4), data=data())
+
+
+@pytest.mark.parametrize("method", ["fedrap", "gpfedrec"])
+def test_the_shapes_of_a_state_are_those_of_a_fresh_one(method):
+    """With their places on a mesh; GPFedRec has mail."""
+    ready = prepare(config(method=method, devices=4), data())
+    told, fresh = ready.engine.shapes(ready.key), ready.engine.init(ready.key)
+    assert jax.tree.structure(told) == jax.tree.structure(fresh)
+    for a, b in zip(jax.tree.leaves(told), jax.tree.leaves(fresh), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.sharding.is_equivalent_to(b.sharding, b.ndim)
+
+
 # ---- a real process, killed ----------------------------------------------------------------------------------
 
 
@@ -340,14 +403,34 @@ def test_scores_that_are_not_finite_stop_before_they_are_ranked(tmp_path):
         run.train(config(settings={"lr": 1e25, "batch_size": 0}, eval_every=1), tmp_path)
 
 
+def test_a_signal_while_rankers_are_judged_leaves_only_these_to_the_next_start(tmp_path, monkeypatch):
+    run.train(config(rounds=2), tmp_path / "whole", data=data())
+
+    def interrupted(ready, rounds):
+        yield "random", {}
+        signal.raise_signal(signal.SIGINT)
+        yield "popularity", {}
+        raise AssertionError("it goes on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "reference_results", interrupted)
+        summary = run.train(config(rounds=2), tmp_path / "parts", data=data())
+    assert summary["status"] == run.STOPPED and checkpointed(tmp_path / "parts") == 2
+    assert not (tmp_path / "parts" / "summary.json").exists()
+    monkeypatch.setattr(run, "_one_round", None)
+    assert run.train(config(rounds=2), tmp_path / "parts", data=data())["status"] == "done"
+    assert_same_results(tmp_path / "whole", tmp_path / "parts")
+
+
 @pytest.mark.usefixtures("no_references")
 def test_patience_stops_after_so_many_rounds_without_improvement(tmp_path):
     stuck = config(settings=STUCK, rounds=50, patience=4)
     summary = run.train(stuck, tmp_path)
     assert (summary["status"], summary["best_round"], summary["rounds"]) == ("done", 2, 6)
     assert rounds_logged(tmp_path) == [1, 2, 3, 4, 5, 6]
-    again = run.train(stuck, tmp_path)  # it has had its patience
-    assert json.dumps(again) == json.dumps(strict(summary))
+    for rounds in (50, 60):  # it has had its patience, also when more rounds are allowed
+        again = run.train(dataclasses.replace(stuck, rounds=rounds), tmp_path)
+        assert json.dumps(again) == json.dumps(strict(summary)) and run.config_of(tmp_path).rounds == rounds
 
 
 # ---- selection -----------------------------------------------------------------------------------------------
@@ -413,9 +496,20 @@ def test_evaluation_happens_when_due_and_in_the_last_round(tmp_path):
 # ---- cohorts -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("given", "size"), [(0, 40), (1.0, 1), (0.5, 20), (7, 7), (40, 40), (0.001, 1)])
+@pytest.mark.parametrize(("given", "size"), [(0, 40), (1.0, 40), (1, 1), (0.5, 20), (7, 7), (40, 40), (0.001, 1)])
 def test_cohort_size_from_number_or_share(given, size):
     assert run.cohort_size(given, 40) == size
+
+
+def test_the_share_of_all_and_one_client_are_never_the_same_run(tmp_path):
+    """Though 1 == 1.0: everybody is recorded as 0, and a workdir's 1.0 is an earlier version's one client."""
+    everybody, one = RunConfig(clients_per_round=1.0), RunConfig(clients_per_round=1)
+    assert everybody == RunConfig(clients_per_round=np.float64(1)) == RunConfig() != one
+    assert dataclasses.replace(everybody, rounds=7).clients_per_round == 0
+    for held, expected in ((1.0, one), (1, one), (0.0, everybody), (0.5, RunConfig(clients_per_round=0.5))):
+        (tmp_path / "config.json").write_text(json.dumps({**RunConfig().recorded(), "clients_per_round": held}))
+        assert run.config_of(tmp_path) == expected
+        run.claim(tmp_path, expected.recorded())
 
 
 def test_impossible_cohorts_are_refused():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from fedjax_rec import run, search
@@ -57,7 +58,10 @@ def test_the_whole_grid_is_run_and_the_best_on_validation_is_written(fake, data,
     best = search.best_of(lines)
     assert best["settings"] == {"lr": 1.0, "negatives": 1} and best["score"] == 1.0
     assert [line["score"] for line in lines if line["settings"]["lr"] == 4] == [search.FAILED] * 2
-    assert search.table(CONFIG, lines).splitlines()[2].endswith("lr=1.0 negatives=1")
+    table = search.table(CONFIG, lines).splitlines()
+    assert table[2].endswith("lr=1.0 negatives=1")
+    assert table[-1].startswith("failed  lr=4.0") and table[-1].endswith(": the loss is nan after round 1")
+    assert search.table(CONFIG, lines, most=1).endswith("1 more failed")
 
 
 def test_no_test_metric_is_shown_or_recorded(data, tmp_path, capsys):
@@ -98,6 +102,32 @@ def test_a_killed_search_goes_on(fake, data, tmp_path):
     assert same((tmp_path / "trials.jsonl").read_text()) == same(held)
 
 
+def test_a_trial_that_is_refused_is_recorded_and_the_search_goes_on(fake, data, tmp_path, monkeypatch, capsys):
+    """By the data, by the memory: neither is known before the trial begins."""
+    train = run.train
+    refused = [
+        UsageError("the run needs about 9 GiB"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nat"),
+        MemoryError(),
+    ]
+
+    def some(config, **options):
+        if config.settings["lr"] < 1:
+            raise refused.pop(0)
+        return train(config, **options)
+
+    monkeypatch.setattr(run, "train", some)
+    grid = {"lr": "0.1,0.2,0.3,1", "negatives": "1"}
+    lines, status = search.search(CONFIG, grid, tmp_path, data=data)
+    assert status == "done" and lines == trials(tmp_path) and len(lines) == 4
+    said = sorted(line["error"] for line in lines if "error" in line)
+    assert said == ["MemoryError", "RESOURCE_EXHAUSTED: 9 GiB", "the run needs about 9 GiB"]
+    assert search.search(CONFIG, grid, tmp_path, data=data) == (lines, "done")  # none is tried again
+    table = search.table(CONFIG, lines)
+    assert all(f": {error}" in table for error in said) and "--set=lr=1.0" in (tmp_path / "best.flags").read_text()
+    assert search.best_of([{"score": 0.0, "error": "late"}, {"score": 0.0}]) == {"score": 0.0}
+
+
 def test_a_stopped_trial_is_not_recorded(data, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "train", lambda config, **options: {"status": run.STOPPED, "best_round": None})
     lines, status = search.search(CONFIG, GRID, tmp_path, data=data)
@@ -128,6 +158,20 @@ def test_bad_input_is_said_before_anything_runs(fake, data, tmp_path):
 def test_values_that_hold_commas_stand_between_semicolons():
     points = search.grid_points("fedncf", {"layers": "16,8;32,16", "dim": "4"})
     assert points == [{"layers": (16, 8), "dim": 4}, {"layers": (32, 16), "dim": 4}]
+
+
+@pytest.mark.parametrize(
+    ("method", "base", "grid"),
+    [
+        ("mdifffr", {"preset": "proper"}, {"guidance_scale": "1,1.5"}),
+        ("ipfedrec", {"eta": 20.0}, {"reg": "5,10"}),
+    ],
+)
+def test_points_are_judged_beside_the_settings_that_all_trials_have(method, base, grid):
+    with pytest.raises(ValueError):
+        search.grid_points(method, grid)
+    points = search.grid_points(method, grid, base)
+    assert points == [{name: float(value)} for name, text in grid.items() for value in text.split(",")]
 
 
 def test_the_flagfile_is_the_configuration(tmp_path):

@@ -51,6 +51,8 @@ def test_mean_and_spread_are_those_of_the_summaries(folder):
     assert said["test"]["MRR"]["mean"] == pytest.approx(np.mean(values))
     assert said["test"]["MRR"]["std"] == pytest.approx(np.std(values, ddof=1))
     assert f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" in seeds.table(said)
+    assert said["select_metric"] == "NDCG@10" and "Recall@5" not in seeds.table(said)
+    assert "Recall@5" in seeds.table({**said, "select_metric": "Recall@5+MRR"})
 
 
 def test_finished_seeds_are_not_run_again_and_a_missing_one_is(folder, tmp_path, monkeypatch):

@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import pytest
 
 from fedjax_rec import system
+
+
+def group(root: Path, version: int, limit: str) -> None:
+    """A control group that uses 500 bytes, of which 100 can go."""
+    names = ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
+    total = "" if version == 2 else "total_"
+    (root / "memory").mkdir(exist_ok=True)
+    for name, value in zip(names[version == 1], (limit, "500\n"), strict=True):
+        (root / name).write_text(value)
+    (root / ("memory.stat" if version == 2 else "memory/memory.stat")).write_text(
+        f"anon 300\n{total}inactive_file 100\n"
+    )
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_containers_limit_counts_where_it_is_lower_than_the_machine(version, tmp_path, monkeypatch):
+    assert system.cgroup_bytes(tmp_path) == []
+    group(tmp_path, version, "1000\n")
+    assert system.cgroup_bytes(tmp_path) == [600]
+    group(tmp_path, version, "200\n")  # was lowered below what is used
+    assert system.cgroup_bytes(tmp_path) == [0]
+    monkeypatch.setattr(system, "cgroup_bytes", lambda: [600])
+    assert system.available_bytes(jax.devices()) == 600
+    monkeypatch.setattr(system, "cgroup_bytes", lambda: [2**70])
+    assert 600 < system.available_bytes(jax.devices()) < 2**50
+
+
+def test_a_group_without_a_limit_sets_none(tmp_path):
+    group(tmp_path, 2, "max\n")
+    assert system.cgroup_bytes(tmp_path) == []
 
 
 @pytest.mark.parametrize(("most", "dropped"), [(10, True), (10**9, False)])

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 
 import numpy as np
 import pytest
 
+from fedjax_rec import methods
 from fedjax_rec.workdir import (
     MetricsLog,
     UsageError,
     claim,
+    flat,
     read_config,
     read_lines,
+    with_defaults,
     write_json,
     write_lines,
     write_npz,
@@ -74,6 +78,35 @@ def test_only_the_settings_that_differ_are_named(tmp_path):
         claim(tmp_path, {**CONFIG, "settings": {"dim": 4, "lr": 0.2}})
     assert "lr: 0.1 there, 0.2 given" in str(error.value)
     assert "dim" not in str(error.value)
+
+
+def test_a_setting_that_a_method_has_got_since_is_at_its_default_in_earlier_runs(tmp_path):
+    """FedMF's l2, say. One that it has lost is named."""
+    whole = dataclasses.asdict(methods.make_config("fedmf", CONFIG["settings"]))
+    earlier = {name: value for name, value in whole.items() if name != "l2"}
+    claim(tmp_path / "a", {**CONFIG, "settings": earlier})
+    claim(tmp_path / "a", {**CONFIG, "settings": whole})
+    assert read_config(tmp_path / "a")["settings"] == earlier
+    with pytest.raises(UsageError, match=r"\(settings\.l2: 0\.0 there, 0\.5 given\)"):
+        claim(tmp_path / "a", {**CONFIG, "settings": {**whole, "l2": 0.5}})
+    claim(tmp_path / "b", {**CONFIG, "settings": {**earlier, "lost": 2}})
+    with pytest.raises(UsageError, match=r"\(settings\.lost: 2 there, None given\)"):
+        claim(tmp_path / "b", {**CONFIG, "settings": whole})
+
+
+def test_a_setting_that_is_missing_has_the_default_of_its_preset():
+    default = methods.METHODS["pfedrec"].presets["released"]
+    settings = dataclasses.asdict(default)
+    name = next(name for name, value in settings.items() if value != getattr(methods.METHODS["pfedrec"].config, name))
+    held = {"method": "pfedrec", "settings": {"preset": "released"}}
+    assert flat(with_defaults(held))[f"settings.{name}"] == settings[name]
+
+
+@pytest.mark.parametrize(
+    "held", [{"method": "lost", "settings": {"a": 1}}, {"settings": {}}, {"method": "fedmf", "settings": {"dim": "x"}}]
+)
+def test_what_cannot_be_completed_is_compared_as_it_is(held):
+    assert with_defaults(held) == held
 
 
 def test_other_data_are_another_run_where_they_were_recorded(tmp_path):
