@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedjax_rec.central import ease, pointwise, vbpr
+from fedjax_rec.central import aldi, diffrec, ease, gar, heater, pointwise, vbpr
 from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.method import Method
 from fedjax_rec.methods import (
@@ -59,6 +59,10 @@ METHODS: dict[str, Entry] = {
     "neumf": Entry(pointwise.neumf, pointwise.NeuMFConfig(), central=True),
     "ease": Entry(ease.ease, ease.Config(), central=True),
     "vbpr": Entry(vbpr.vbpr, vbpr.Config(), reads_items=True, central=True),
+    "heater": Entry(heater.heater, heater.Config(), reads_items=True, central=True),
+    "gar": Entry(gar.gar, gar.Config(), reads_items=True, central=True),
+    "aldi": Entry(aldi.aldi, aldi.Config(), reads_items=True, central=True),
+    "cs_diffrec": Entry(diffrec.diffrec, diffrec.Config(), reads_items=True, central=True),
     "plgc": Entry(plgc.plgc, plgc.Config()),
     "feddae": Entry(feddae.feddae, feddae.Config()),
     **{name: Entry(fusion.multimodal, config, reads_items=True) for name, config in fusion.PRESETS.items()},
