@@ -142,6 +142,18 @@ def remember(
     return held, jnp.minimum(count + arrived, REMEMBERED)
 
 
+def loss_of(
+    made: Float[Array, "n items"],
+    clean: Float[Array, "n items"],
+    weight: Float[Array, "n"],
+    chance: Float[Array, "n"],
+    mask: Float[Array, "n"],
+) -> tuple[Float[Array, ""], Float[Array, "n"]]:
+    """(L, what is remembered of each row); `chance`: T p_t."""
+    each = weight * ((made - clean) ** 2).mean(1)
+    return masked_mean(each / chance, mask), each
+
+
 def diffrec(config: Config, num_users: int, num_items: int, name: str, catalogue: Catalogue) -> Method:
     """DiffRec; see the module docstring."""
     schedule = linear_schedule(config.steps, config.noise_scale, config.noise_low, config.noise_high, FIRST_BETA)
@@ -181,8 +193,7 @@ def diffrec(config: Config, num_users: int, num_items: int, name: str, catalogue
 
             def loss(params):
                 made = denoiser.apply({"params": params}, noisy, t, train=True, rngs={"dropout": k_dropout})
-                each = weight[t] * ((made - clean) ** 2).mean(1)
-                return masked_mean(each / (config.steps * chance[t]), mask), each
+                return loss_of(made, clean, weight[t], chance[t] * config.steps, mask)
 
             (value, each), grads = jax.value_and_grad(loss, has_aux=True)(params)
             updates, optimizer_state = optimizer.update(grads, private["optimizer"], params)
