@@ -46,7 +46,7 @@ class TaughtConfig(PairConfig):
 
     batch_size: int = 1024
     pretrain: int = 20
-    teacher_lr: float = 0.001
+    teacher_lr: float = 0.005
     teacher_l2: float = 1e-4
     condition_dim: int = 300
 
