@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedjax_rec.central import bm3, ease, mgcn, pgl, pointwise, vbpr
+from fedjax_rec.central import aldi, bm3, diffrec, ease, gar, heater, mgcn, pgl, pointwise, vbpr
 from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.method import Method
 from fedjax_rec.methods import (
@@ -62,6 +62,10 @@ METHODS: dict[str, Entry] = {
     "bm3": Entry(bm3.bm3, bm3.Config(), reads_items=True, central=True),
     "mgcn": Entry(mgcn.mgcn, mgcn.Config(), reads_items=True, central=True),
     "pgl": Entry(pgl.pgl, pgl.Config(), reads_items=True, central=True),
+    "heater": Entry(heater.heater, heater.Config(), reads_items=True, central=True),
+    "gar": Entry(gar.gar, gar.Config(), reads_items=True, central=True),
+    "aldi": Entry(aldi.aldi, aldi.Config(), reads_items=True, central=True),
+    "cs_diffrec": Entry(diffrec.diffrec, diffrec.Config(), reads_items=True, central=True),
     "plgc": Entry(plgc.plgc, plgc.Config()),
     "feddae": Entry(feddae.feddae, feddae.Config()),
     **{name: Entry(fusion.multimodal, config, reads_items=True) for name, config in fusion.PRESETS.items()},

@@ -48,14 +48,19 @@ class Schedule(NamedTuple):
     weight: Float[np.ndarray, "steps"]  # SNR(t - 1) - SNR(t), 1 at the first step
 
 
-def linear_schedule(steps: int, scale: float, low: float, high: float) -> Schedule:
+def linear_schedule(steps: int, scale: float, low: float, high: float, first_beta: float | None = None) -> Schedule:
     """Eq. 6 and what follows from it (Eqs. 10-12), worked out in float64.
 
     A beta is at most MAX_BETA, as in the released code. The weight has no factor 1/2 (Eq. 12 has): a constant.
+
+    Args:
+        first_beta: what the first step's beta is instead, the others staying as they are.
     """
     wanted = 1.0 - scale * np.linspace(low, high, steps)
     before = np.append(1.0, wanted[:-1])
     beta = np.minimum(1.0 - wanted / before, MAX_BETA)
+    if first_beta is not None:
+        beta[0] = first_beta
     kept = np.cumprod(1.0 - beta)
     before = np.append(1.0, kept[:-1])
     snr = kept / (1.0 - kept)
