@@ -443,11 +443,11 @@ def scores_of(method, history, params=None):
 
 @pytest.mark.parametrize("sampling_steps", [0, 3])
 def test_scores_are_the_posterior_means_from_the_history(sampling_steps):
-    settings = {"noise_scale": 1.0, "noise_low": 0.1, "noise_high": 0.8, "steps": 4, "layers": (6, 5)}
+    settings = {"noise_scale": 0.001, "noise_low": 0.1, "noise_high": 0.8, "steps": 4, "layers": (6, 5)}
     method = built("cs_diffrec", **settings, sampling_steps=sampling_steps)
     client = method.init_client(jax.random.key(8), method.init_server(KEY).shared)
     scores, p = scores_of(method, [3, 17], client)
-    beta, wanted = np.zeros(4), 1 - np.linspace(0.1, 0.8, 4)
+    beta, wanted = np.zeros(4), 1 - 0.001 * np.linspace(0.1, 0.8, 4)
     beta[0], beta[1:] = 1e-5, 1 - wanted[1:] / wanted[:-1]
     kept = np.cumprod(1 - beta)
     x = np.zeros(ITEMS)
