@@ -30,15 +30,12 @@ from fedjax_rec.backbones import Backbone
 from fedjax_rec.backbones.mf import matrix_factorisation
 from fedjax_rec.backbones.ncf import neural_cf
 from fedjax_rec.central.epochs import all_samples, everybodys_samples, in_batches, places
+from fedjax_rec.central.pairwise import NO_EFFECT
 from fedjax_rec.method import Batch, Method, Server, batch_at
 from fedjax_rec.roles import OPTIMIZERS, binary_cross_entropy, masked_mean
 from fedjax_rec.sharing import LocalConfig, item_table
 from fedjax_rec.types import Params, PRNGKey, PyTree
 from fedjax_rec.validate import positive, widths
-
-NO_EFFECT = (
-    "item_lr_scale", "server_optimizer", "server_lr", "redraw", "weighting", "evaluate_at", "client_init"
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
