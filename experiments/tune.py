@@ -89,12 +89,12 @@ def draw_settings(method: str, trial: int) -> dict[str, Any]:
         "negatives": int(rng.choice([1, 2, 4, 8])),
         "local_epochs": int(rng.choice([1, 1, 2])),
     }
-    if method in ("fcf", "fedavg", "fedmf"):
-        settings["l2"] = float(rng.choice([0, 1])) * round(log_uniform(rng, 1e-4, 1e-2), 6)
     if backbone in ("fcf", "fedavg", "fedmf", "fedncf", "gpfedrec"):
         settings["user_init_std"] = float(rng.choice([0.01, 0.1]))
     else:
         settings["client_init"] = str(rng.choice(["random", "shared"]))
+    if method in ("fcf", "fedavg", "fedmf"):
+        settings["l2"] = round(log_uniform(rng, 1e-4, 1e-2), 6) if rng.random() < 0.5 else 0.0
     if method == "pfedrec" or over == "plgc":
         # the table moves by item_lr_scale * server_lr; a small local share makes the local tuning gentle
         share = float(rng.choice([1, 10, 100]))

@@ -369,7 +369,7 @@ def cohort_lines(ready: Experiment) -> list[str]:
     said = f"cohort         {count:,} of {users:,} clients a round"
     config = ready.method.config
     averaged = ready.method.aggregator.is_mean and ready.engine.bytes_per_client()["up"] > 0
-    if averaged and config.rate_counts_clients and users > LARGEST_WEIGHT * count:
+    if averaged and getattr(config, "rate_counts_clients", False) and users > LARGEST_WEIGHT * count:
         # the items' local rate is times all clients, the mean over those who took part
         said += (
             f", whose steps on items count {users / count:,.0f} times; if the loss grows: "

@@ -536,6 +536,8 @@ def test_a_small_cohort_is_told_what_its_steps_weigh(monkeypatch):
     monkeypatch.setattr(experiment, "LARGEST_WEIGHT", 10)
     said = experiment.introduction(ready)
     assert f"count {USERS} times; if the loss grows: --set item_lr_scale={0.5 * 10 / USERS:.3g}" in said
+    own = dataclasses.replace(ready, method=ready.method._replace(config=None))  # a method that was built by hand
+    assert f"cohort         1 of {USERS} clients a round\n" in experiment.introduction(own)
 
 
 def test_a_published_protocol_is_not_changed_in_passing():

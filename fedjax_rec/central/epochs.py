@@ -6,6 +6,7 @@ which each batch is spread over the users.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -14,8 +15,10 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from fedjax_rec.aggregate import equal
 from fedjax_rec.data.sampling import PRIMES
-from fedjax_rec.method import Aggregate, Aggregator, LocalData, batch_at
-from fedjax_rec.types import PRNGKey, PyTree
+from fedjax_rec.method import Aggregate, Aggregator, LocalData, Mail, Method, Server, batch_at
+from fedjax_rec.roles import binary_cross_entropy
+from fedjax_rec.sharing import LocalConfig
+from fedjax_rec.types import Params, PRNGKey, PyTree
 
 
 def all_samples(data: LocalData) -> dict[str, Array]:
@@ -99,3 +102,40 @@ def places(count: Int[Array, "clients"], index: Int[Array, "batch"]) -> tuple[Ar
     ends = jnp.cumsum(count)
     client = jnp.searchsorted(ends, index, side="right")
     return client, index - (ends - count)[client]
+
+
+def answered_by_mail(
+    name: str,
+    config: LocalConfig,
+    init_server: Callable[[PRNGKey], Server],
+    server_update: Callable[..., tuple[Server, Mail]],
+    predict: Callable[[Params, Float[Array, "n width"]], Float[Array, "n"]],
+) -> Method:
+    """The method whose clients send `all_samples` and get their `user` back as mail. What is shared is `item`, the
+    networks, and as `user` what stands for one who has no mail.
+
+    Args:
+        predict: (parameters, item vectors) -> logits, as Backbone's.
+    """
+
+    def local_update(key, shared, params, data):
+        batch = batch_at(data, jnp.int32(0))
+        loss = binary_cross_entropy(predict(params, params["item"][batch.item]), batch)
+        return params, all_samples(data), {"loss": loss}
+
+    return Method(
+        name=name,
+        init_server=init_server,
+        init_client=lambda key, shared: {},
+        publish=lambda key, server: server.shared,
+        download=lambda shared, mail, client, data: {**shared, **mail} if mail else shared,
+        local_update=local_update,
+        upload=lambda key, shared, params, update, data: ({}, update),
+        server_update=server_update,
+        score=lambda shared, params, data: predict(params, params["item"]),
+        aggregator=everybodys_samples(),
+        # the whole epoch in one step: the server makes the mini-batches
+        sampling=dataclasses.replace(config.sampling(), batch_size=0),
+        config=config,
+        init_mail=lambda server: {"user": server.shared["user"]},
+    )

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from fedjax_rec.central.epochs import all_samples, everybodys_samples, in_batches, places
-from fedjax_rec.method import Method, Server, batch_at
-from fedjax_rec.roles import OPTIMIZERS, binary_cross_entropy, masked_mean
+from fedjax_rec.central.epochs import answered_by_mail, in_batches, places
+from fedjax_rec.method import Method, Server
+from fedjax_rec.roles import OPTIMIZERS, masked_mean
 from fedjax_rec.sharing import LocalConfig
 from fedjax_rec.types import Params, PRNGKey, PyTree
 from fedjax_rec.validate import positive
@@ -219,11 +219,6 @@ def served(learner: Learner, config: PairConfig, num_users: int, num_items: int,
     def init_server(key):
         return as_server(learner.init(key), nothing, jnp.zeros((), jnp.int32))
 
-    def local_update(key, shared, params, data):
-        batch = batch_at(data, jnp.int32(0))
-        loss = binary_cross_entropy(params["item"][batch.item] @ params["user"], batch)
-        return params, all_samples(data), {"loss": loss}
-
     def server_update(key, server, received):
         samples, count = received.value
         seen = Seen(samples, count, jnp.zeros_like(count))
@@ -235,18 +230,4 @@ def served(learner: Learner, config: PairConfig, num_users: int, num_items: int,
         server = jax.tree.map(lambda new, old: jnp.where(somebody, new, old), made, server)
         return server, {"user": server.private["user"]}
 
-    return Method(
-        name=name,
-        init_server=init_server,
-        init_client=lambda key, shared: {},
-        publish=lambda key, server: server.shared,
-        download=lambda shared, mail, client, data: {**shared, **mail} if mail else shared,
-        local_update=local_update,
-        upload=lambda key, shared, params, update, data: ({}, update),
-        server_update=server_update,
-        score=lambda shared, params, data: params["item"] @ params["user"],
-        aggregator=everybodys_samples(),
-        sampling=dataclasses.replace(config.sampling(), batch_size=0),  # all samples in one step
-        config=config,
-        init_mail=lambda server: {"user": server.shared["user"]},
-    )
+    return answered_by_mail(name, config, init_server, server_update, lambda params, items: items @ params["user"])

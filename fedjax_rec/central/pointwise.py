@@ -29,9 +29,9 @@ from jaxtyping import Array, Float, Int
 from fedjax_rec.backbones import Backbone
 from fedjax_rec.backbones.mf import matrix_factorisation
 from fedjax_rec.backbones.ncf import neural_cf
-from fedjax_rec.central.epochs import all_samples, everybodys_samples, in_batches, places
+from fedjax_rec.central.epochs import answered_by_mail, in_batches, places
 from fedjax_rec.central.pairwise import NO_EFFECT
-from fedjax_rec.method import Batch, Method, Server, batch_at
+from fedjax_rec.method import Batch, Method, Server
 from fedjax_rec.roles import OPTIMIZERS, binary_cross_entropy, masked_mean
 from fedjax_rec.sharing import LocalConfig, item_table
 from fedjax_rec.types import Params, PRNGKey, PyTree
@@ -140,11 +140,6 @@ def _trained_on_the_server(config: Config, backbone: Backbone, num_users: int, n
         params = {**backbone.init(k_network), "user": users, "item": item}
         return as_server(params, optimizer.init(params))
 
-    def local_update(key, shared, params, data):
-        batch = batch_at(data, jnp.int32(0))
-        loss = binary_cross_entropy(backbone.predict(params, params["item"][batch.item]), batch)
-        return params, all_samples(data), {"loss": loss}
-
     def server_update(key, server, received):
         samples, count = received.value
         params = {**server.shared, "user": server.private["user"]}
@@ -153,19 +148,4 @@ def _trained_on_the_server(config: Config, backbone: Backbone, num_users: int, n
         )
         return as_server(params, state), {"user": params["user"]}
 
-    return Method(
-        name=name,
-        init_server=init_server,
-        init_client=lambda key, shared: {},
-        publish=lambda key, server: server.shared,
-        download=lambda shared, mail, client, data: {**shared, **mail} if mail else shared,
-        local_update=local_update,
-        upload=lambda key, shared, params, update, data: ({}, update),
-        server_update=server_update,
-        score=lambda shared, params, data: backbone.predict(params, params["item"]),
-        aggregator=everybodys_samples(),
-        # the whole epoch in one step: the server makes the mini-batches
-        sampling=dataclasses.replace(config.sampling(), batch_size=0),
-        config=config,
-        init_mail=lambda server: {"user": server.shared["user"]},
-    )
+    return answered_by_mail(name, config, init_server, server_update, backbone.predict)
