@@ -199,6 +199,13 @@ def draw_content_cold(rng) -> dict[str, Any]:
     return settings | {"ridge": round(log_uniform(rng, 0.01, 10.0), 4)}
 
 
+def draw_network_cold(rng) -> dict[str, Any]:
+    """FedNCF's network diverges at the rates of vectors."""
+    settings, lr = draw_content_cold(rng), log_uniform(rng, 0.05, 1.0)
+    scale = log_uniform(rng, 0.2, 2.0) / lr
+    return settings | {"lr": round(lr, 4), "item_lr_scale": round(scale, 5)}
+
+
 def draw_diffusion(rng, preset: str) -> dict[str, Any]:
     settings = draw_cold(rng) | {"backbone": str(rng.choice(["fedmf", "pfedrec"])), "preset": preset}
     if preset == "released":  # its optimiser is part of it
@@ -244,7 +251,7 @@ ALONE = {
     "ipfedrec": draw_ifedrec,
     "ifedncf": draw_ifedrec,
     "cs_fcf": draw_content_cold,
-    "cs_fedncf": draw_content_cold,
+    "cs_fedncf": draw_network_cold,
     **{
         f"mdifffr-{preset}": functools.partial(draw_diffusion, preset=preset)
         for preset in ("paper", "released", "proper")

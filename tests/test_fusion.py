@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from fedjax_rec import aggregate, methods
+from fedjax_rec.backbones.fused import fused_backbone
 from fedjax_rec.item_sources import Catalogue, views
-from fedjax_rec.method import Aggregate
+from fedjax_rec.method import Aggregate, Batch, Listed, LocalData, batch_at
+from fedjax_rec.methods import fusion_client
 from fedjax_rec.privacy import mechanisms
 
 USERS, ITEMS = 5, 30
@@ -228,3 +230,77 @@ def test_an_ablation_of_features_that_are_not_there_is_refused():
     methods.build("fedvlr", USERS, ITEMS, text, text="drop")
     with pytest.raises(ValueError, match="visual=random: the data set has no such features, only text"):
         methods.build("fedvlr", USERS, ITEMS, text, visual="random")
+
+
+def sample_data(rng, rows: int, batch: int, steps: int) -> LocalData:
+    """A client's samples, some rows several times, the last batch padded; its history is rows 0 to 4 of five places."""
+    item = jnp.asarray(rng.integers(0, rows, (steps, batch)), jnp.int32)
+    mask = jnp.ones((steps, batch)).at[-1, batch // 2 :].set(0.0)
+    label = jnp.asarray(rng.random((steps, batch)) < 0.4, jnp.float32) * mask
+    return LocalData(
+        rows=jnp.arange(rows),
+        row_mask=jnp.ones(rows, bool),
+        samples=Listed(Batch(item, label, mask)),
+        history=jnp.asarray([0, 1, 2, 3, 4, 0, 0]),
+        history_mask=jnp.arange(7) < 5,
+        num_samples=mask[0].sum(),
+        num_steps=jnp.int32(steps),
+        round=jnp.int32(3),
+    )
+
+
+def by_autodiff(config, backbone, params, data):
+    """Algorithm 1 on one client, by differentiating its loss as written: (private roles, the views' gradient)."""
+    rates = {"user": config.lr, "head": config.lr, "router": config.lr * config.router_lr_scale}
+    rates |= {"own_item": config.lr * config.own_lr_scale}
+    made, router = params["views"], views.Router(len(config.operators), config.dim)
+    private = {role: value for role, value in params.items() if role != "views"}
+
+    def loss(private, made, batch):
+        history = made[jnp.asarray([0, 1, 2, 3, 4])].mean(0)
+        weights = jnp.ones(1)
+        if "router" in private:
+            weights = jax.nn.softmax(router.apply(private["router"], history.reshape(-1)) / config.temperature)
+        mixed = jnp.einsum("v,rvd->rd", weights, made)[batch.item]
+        vectors = {"own_item": private["own_item"][batch.item]} if "own_item" in private else {}
+        logits = backbone.predict(private, vectors, mixed)
+        value = fusion_client.LOSSES[config.loss](logits, batch)
+        return value + backbone.regulariser(vectors, mixed, batch.mask, data.round)
+
+    total = jnp.zeros_like(made)
+    for t in range(int(data.num_steps)):
+        batch = batch_at(data, jnp.int32(t))
+        of_private, of_views = jax.grad(loss, argnums=(0, 1))(private, made, batch)
+        private = {
+            role: jax.tree.map(lambda p, g, r=role: p - rates[r] * g, private[role], of_private[role])
+            for role in private
+        }
+        if backbone.private_first:
+            of_views = jax.grad(loss, argnums=1)(private, made, batch)
+        total = total + of_views
+    return private, total
+
+
+@pytest.mark.parametrize("operators", [("sum", "mlp", "gate"), ("mlp",)])
+@pytest.mark.parametrize(
+    ("backbone", "loss"), [("fedavg", "pointwise"), ("fcf", "bpr"), ("pfedrec", "pointwise"), ("fedrap", "pointwise")]
+)
+@pytest.mark.parametrize("rows", [12, 90])
+def test_local_training_is_algorithm_1_by_automatic_differentiation(backbone, loss, operators, rows):
+    """With few rows linear models walk through all of them, with many through each batch's."""
+    settings = {"dim": 4, "id_dim": 6, "lr": 0.7, "router_lr_scale": 0.6, "temperature": 0.8, "user_init_std": 0.5}
+    method = methods.build(
+        "fedvlr", USERS, rows, catalogue(rows, 7),
+        **settings, backbone=backbone, loss=loss, operators=operators, own_lr_scale=2.0, own_init_std=0.3,
+    )  # fmt: skip
+    shared = method.publish(jax.random.key(0), method.init_server(jax.random.key(1)))
+    rng = np.random.default_rng(5)
+    shared = {**shared, "views": jnp.asarray(rng.standard_normal(shared["views"].shape), jnp.float32)}
+    params = {**shared, **method.init_client(jax.random.key(2), shared)}
+    data = sample_data(rng, rows, 10, 3)
+    after, update, info = method.local_update(jax.random.key(3), shared, params, data)
+    private, total = by_autodiff(method.config, fused_backbone(backbone, rows, method.config), params, data)
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6)
+    jax.tree.map(close, {role: after[role] for role in private}, private)
+    close(update["views"], total)
+    assert 0.1 < float(info["loss"]) < 10

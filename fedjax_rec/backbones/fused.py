@@ -29,6 +29,8 @@ class Fused(NamedTuple):
         regulariser: (vectors, mixed, mask [n], 0-based round) -> scalar added to the loss.
         private_first: the private roles step before the gradient of the views is taken (PFedRec).
         weighting: `equal` or `by_size`.
+        linear: where the logits are mixed @ vector + bias and there is no regulariser: one client's roles -> (vector
+            [dim], bias []); else None.
     """
 
     init_shared: Callable[[PRNGKey], Params]
@@ -37,6 +39,7 @@ class Fused(NamedTuple):
     regulariser: Callable[..., Float[Array, ""]]
     private_first: bool
     weighting: str
+    linear: Callable[[Params], tuple[Float[Array, "dim"], Float[Array, ""]]] | None = None
 
 
 def fused_backbone(name: str, num_items: int, config) -> Fused:
@@ -51,10 +54,13 @@ def fused_backbone(name: str, num_items: int, config) -> Fused:
     if name in ("fedavg", "fcf"):
         model = matrix_factorisation(config.dim, bias=True, init_std=config.user_init_std)
         plain = lambda params, vectors, mixed: model.predict(params, mixed)
-        return Fused(none, model.init, plain, free, False, "by_size" if name == "fedavg" else "equal")
+        linear = lambda params: (params["user"]["vector"], params["user"]["bias"])
+        return Fused(none, model.init, plain, free, False, "by_size" if name == "fedavg" else "equal", linear)
     if name == "pfedrec":
         head = linear_head(config.dim)
-        return Fused(none, head.init, lambda p, vectors, mixed: head.predict(p, mixed), free, True, "equal")
+        plain = lambda params, vectors, mixed: head.predict(params, mixed)
+        linear = lambda params: (params["head"]["weight"], params["head"]["bias"])
+        return Fused(none, head.init, plain, free, True, "equal", linear)
     if name == "fedrap":
         return _fedrap(num_items, config)
     return _fedncf(num_items, config)
