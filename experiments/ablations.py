@@ -6,7 +6,8 @@ FedVLR and its kin: fusion strategy, modalities, noise, sampling ratio. FedRKG: 
 the gate's rate. PLGC: mixing, kernel, contrast. MDiffFR: guidance, fusion of conditions, training of the diffusion.
 
 Every variant is a flagfile OUT/flags/<name>.flags, the base with a few flags changed, and a folder of seeds; tables.py
-runs them, so that a call which was interrupted goes on. Nothing is tuned again: a variant has the base's rates.
+runs them, so that a call which was interrupted goes on. Nothing is tuned again: a variant has the base's rates. One
+that is refused, like leaving out a modality that the data have not, is left out.
 """
 
 from __future__ import annotations
@@ -127,8 +128,9 @@ def main(argv) -> None:
         flagfiles = write_flagfiles(out / "flags", group)
         command = [
             sys.executable, str(Path(__file__).with_name("tables.py")), f"--data_dir={FLAGS.data_dir}", f"--out={out}",
-            f"--seeds={FLAGS.seeds}", *([f"--k={','.join(FLAGS.k)}"] if FLAGS.k else []), f"--against={FULL}",
-            *(f"--override={flag}" for flag in FLAGS.override), *map(str, flagfiles),
+            f"--seeds={FLAGS.seeds}", f"--against={FULL}", "--keep_going",
+            *([f"--k={','.join(FLAGS.k)}"] if FLAGS.k else []), *(f"--override={flag}" for flag in FLAGS.override),
+            *map(str, flagfiles),
         ]  # fmt: skip
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:  # it has said why
@@ -136,7 +138,8 @@ def main(argv) -> None:
         finished = {path.stem: out / path.stem for path in flagfiles if any((out / path.stem).glob("*/summary.json"))}
         # the training-free rankers are the same in every group: they stand in the data set's main table
         lines = [line for line in done.stdout.splitlines() if line and not line.startswith("| *")]
-        lines += [f"| {path.stem} | diverged with every seed |" for path in flagfiles if path.stem not in finished]
+        absent = [path.stem for path in flagfiles if path.stem not in finished]
+        lines += [f"| {name} | no result: refused, or diverged with every seed |" for name in absent]
         parts.append("\n".join([f"### {group}", "", *lines, ""]))
         (out / "ablations.md").write_text("\n".join(parts))
         if finished:

@@ -38,9 +38,10 @@ flags.DEFINE_list("claims", [], "Claims to judge, as better>worse by row names."
 flags.DEFINE_list("k", [], "Cut-offs shown, which all runs get; default: those that all runs of a table have.")
 flags.DEFINE_multi_string("override", [], "A flag handed to every run after its flagfile, e.g. --rounds=50.")
 flags.DEFINE_bool("run", True, "False: only print what is there.")
+flags.DEFINE_bool("keep_going", False, "Leave out a flagfile that is refused, instead of stopping at it.")
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
-DIVERGED = 3  # exit code of launch.py
+REFUSED, DIVERGED = 2, 3  # exit codes of launch.py
 TABLE_OF = "dataset", "split", "protocol"
 DEFAULTS = {"select_metric": RunConfig.select_metric} | {name: getattr(RunConfig, name) for name in TABLE_OF}
 """The defaults of what is read in flagfiles."""
@@ -64,9 +65,10 @@ def cut_offs(flagfile: Path) -> list[str]:
     return [f"--k={','.join(map(str, sorted(every)))}"]
 
 
-def run_one(flagfile: Path, seed: int, workdir: Path) -> None:
+def run_one(flagfile: Path, seed: int, workdir: Path) -> bool:
+    """False for a flagfile that was refused and is to be left out."""
     if (workdir / "summary.json").exists():
-        return
+        return True
     print(f"{flagfile.stem} seed {seed}", file=sys.stderr, flush=True)
     command = [
         sys.executable, str(LAUNCH), f"--flagfile={flagfile}", f"--seed={seed}", f"--workdir={workdir}",
@@ -76,8 +78,12 @@ def run_one(flagfile: Path, seed: int, workdir: Path) -> None:
     code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
     if code == DIVERGED:
         print(f"{workdir}: no result (see above); the table counts the seeds that have one", file=sys.stderr)
+    elif code == REFUSED and FLAGS.keep_going:
+        print(f"{flagfile}: refused (see above), left out", file=sys.stderr)
+        return False
     elif code:  # refused or stopped: no finding about the method
         sys.exit(code)
+    return True
 
 
 def row_name(flagfile: str, dataset: str) -> str:
@@ -195,9 +201,10 @@ def tables(flagfiles: Sequence[Path]) -> None:
         raise UsageError("no flagfile given, expected some, like experiments/ku_*.flags")
     placed, out = places(flagfiles), Path(FLAGS.out)
     check(list(placed.values()))
+    accepted = list(placed)
     for seed in range(FLAGS.seeds if FLAGS.run else 0):
-        for flagfile in placed:
-            run_one(flagfile, seed, out / flagfile.stem / compare.SEED_FOLDER.format(seed))
+        home = compare.SEED_FOLDER.format(seed)
+        accepted = [flagfile for flagfile in accepted if run_one(flagfile, seed, out / flagfile.stem / home)]
     found: dict[str, dict[str, Runs]] = defaultdict(dict)
     for flagfile, (group, row) in placed.items():
         if any((out / flagfile.stem).glob(compare.SEED_FOLDER.format("*") + "/summary.json")):

@@ -129,7 +129,7 @@ def train_state(
     accounting.check(ready)
     folder = None if workdir is None else Path(workdir)
     if folder is not None:
-        _lengthen(folder, identity(ready))
+        lengthen(folder, identity(ready))
         claim(folder, identity(ready))
     state, best, done, held = None, None, 0, None
     if folder is not None:
@@ -308,7 +308,7 @@ class _MemoryLog:
         pass
 
 
-def _lengthen(folder: Path, given: Mapping[str, Any]) -> None:
+def lengthen(folder: Path, given: Mapping[str, Any]) -> None:
     """Gives the run in a folder more rounds, where these are all that is asked for beside it; `claim` refuses the rest.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def train_seeds(
     """Runs seeds config.seed .. config.seed + count - 1; finished ones are not run again, a stopped one goes on.
 
     Args:
-        config, data, progress: see run.train.
+        config, data, progress: see run.train. More rounds than there lengthen all seeds.
         workdir: seed n goes to workdir/seed_<n>.
         each: called with the summary and the folder of every seed that this call has finished.
 
@@ -45,11 +45,14 @@ def train_seeds(
     positive("seeds", count)
     folder = Path(workdir)
     data = data or load_data(config)
-    given = _check_beside(config, folder, data)
+    wanted = {SEED_FOLDER.format(seed): seed for seed in range(config.seed, config.seed + count)}
+    given = _check_beside(config, folder, data, wanted)
+    for name, seed in wanted.items() if given else ():
+        run.lengthen(folder / name, {**given, "seed": seed})  # all, so that none is averaged as it was
     failed: dict[str, str] = {}
     status = "done"
-    for seed in range(config.seed, config.seed + count):
-        one, home = dataclasses.replace(config, seed=seed), folder / SEED_FOLDER.format(seed)
+    for name, seed in wanted.items():
+        one, home = dataclasses.replace(config, seed=seed), folder / name
         if (home / "summary.json").exists():
             claim(home, {**given, "seed": seed})  # or it is another run's
             continue
@@ -63,17 +66,17 @@ def train_seeds(
             break
         if each:
             each(summary, home)
-    wanted = {SEED_FOLDER.format(seed) for seed in range(config.seed, config.seed + count)}
     finished = [home for home in seed_folders(folder) if (home / "summary.json").exists()]
     said = {"status": status, "failed": failed, "seeds": []}
     if any(home.name in wanted for home in finished):
-        said |= summarise(read_runs(folder), wanted)
+        said |= summarise(read_runs(folder), set(wanted))
         write_json(folder / "seeds.json", said)
     return said
 
 
-def _check_beside(config: RunConfig, folder: Path, data: tuple) -> dict[str, Any]:
-    """That nothing is in the folder which would be averaged with these seeds; the identity of the runs if any is."""
+def _check_beside(config: RunConfig, folder: Path, data: tuple, wanted: Collection[str]) -> dict[str, Any]:
+    """That nothing is in the folder which would be averaged with these seeds; the identity of the runs if any is.
+    Wanted ones may have fewer rounds."""
     if (folder / "config.json").exists():
         raise UsageError(
             f"{folder} holds a single run or a search (config.json); expected a folder of seeds: use another --workdir"
@@ -81,7 +84,9 @@ def _check_beside(config: RunConfig, folder: Path, data: tuple) -> dict[str, Any
     held = [home for home in seed_folders(folder) if (home / "config.json").exists()]
     given = identity(run.prepare(config, data)) if held else {}
     for home in held:
-        differing = differences(read_config(home), given, "there", "given", MAY_DIFFER)
+        there = read_config(home)
+        grown = {"rounds"} if home.name in wanted and there.get("rounds", 0) < given["rounds"] else set()
+        differing = differences(there, given, "there", "given", MAY_DIFFER | grown)
         if differing:
             raise UsageError(
                 f"{home} holds a run with another configuration ({'; '.join(differing)}): use another --workdir, or "

@@ -130,6 +130,14 @@ def test_a_recipe_that_is_refused_is_no_finding(base, tmp_path):
     command = [sys.executable, "experiments/tables.py", f"--out={tmp_path}", "--seeds=1", str(bad)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT)
     assert done.returncode == 2 and "each once" in done.stderr
+    good = tmp_path / "synthetic_good.flags"
+    good.write_text(f"--flagfile={base}\n")
+    done = subprocess.run(
+        [*command[:-1], "--against=good", "--keep_going", str(bad), str(good)],
+        cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT,
+    )  # fmt: skip
+    assert done.returncode == 0 and "each once" in done.stderr and "left out" in done.stderr
+    assert "| good |" in done.stdout and "| bad |" not in done.stdout
 
 
 def test_tables_judge_claims(tmp_path):

@@ -41,6 +41,26 @@ def test_every_seed_is_the_run_of_that_seed(folder):
     assert sorted(path.name for path in (folder / "fedmf").glob("seed_*")) == ["seed_3", "seed_4", "seed_5"]
 
 
+def test_more_rounds_lengthen_all_seeds_and_a_stop_leaves_none_as_it_was(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder / "fcf", tmp_path / "fcf")
+    longer = dataclasses.replace(CONFIG, method="fcf", rounds=6)
+    with pytest.raises(UsageError, match=r"seed_4 holds a run with another configuration .*rounds: 4 there, 6 given"):
+        seeds.train_seeds(longer, tmp_path / "fcf", 1, data=data())
+    train = run.train
+    stopped = lambda config, *more, **named: (
+        {"status": run.STOPPED, "rounds": 5} if config.seed == 4 else train(config, *more, **named)
+    )
+    monkeypatch.setattr(run, "train", stopped)
+    said = seeds.train_seeds(longer, tmp_path / "fcf", 2, data=data())
+    assert said["status"] == run.STOPPED and said["seeds"] == [3]
+    monkeypatch.undo()
+    said = seeds.train_seeds(longer, tmp_path / "fcf", 2, data=data())
+    at_once = seeds.train_seeds(longer, tmp_path / "at_once", 2, data=data())
+    assert said == at_once and said["seeds"] == [3, 4]
+    with pytest.raises(UsageError, match="rounds: 6 there, 4 given"):
+        seeds.train_seeds(dataclasses.replace(longer, rounds=4), tmp_path / "fcf", 2, data=data())
+
+
 def test_mean_and_spread_are_those_of_the_summaries(folder):
     said = json.loads((folder / "fedmf" / "seeds.json").read_text())
     values = [
