@@ -3,7 +3,8 @@
     python experiments/ablations.py --data_dir=DATA --out=runs/ablations --base=experiments/ku_fedvlr_fedavg.flags
 
 FedVLR and its kin: fusion strategy, modalities, noise, sampling ratio. FedRKG: variants of guidance, interval, beta,
-the gate's rate. PLGC: mixing, kernel, contrast. MDiffFR: guidance, fusion of conditions, training of the diffusion.
+the gate's rate. PLGC: mixing, kernel, contrast. MDiffFR: guidance, fusion of conditions, training of the diffusion,
+embedding size. Variants that are values of one setting are drawn as a curve, others as bars.
 
 Every variant is a flagfile OUT/flags/<name>.flags, the base with a few flags changed, and a folder of seeds; tables.py
 runs them, so that a call which was interrupted goes on. Nothing is tuned again: a variant has the base's rates. One
@@ -71,12 +72,20 @@ GROUPS = {
     | {f"fusion_{name}": [f"--set=fusion={name}"] for name in ("mean", "concat")},
     "diffusion": {f"every_{n}_rounds": [f"--set=train_every={n}"] for n in (2, 5, 10)}
     | {"snr_weights": ["--set=loss_weights=snr"], "sampling_noise": ["--set=sampling_noise=true"]},
+    "size": {f"dim_{d}": [f"--set=dim={d}"] for d in (16, 32, 64, 128, 256)},
+}
+CURVES = {  # groups of one setting's values, which end the variants' names
+    "sampling": "share of the clients in a round",
+    "interval": "rounds between guidance",
+    "beta": "beta",
+    "gate": "rate of the gate",
+    "size": "embedding size",
 }
 OF_METHOD = {
     "fedrkg": ["guidance", "interval", "beta", "gate"],
     "plgc": ["mixing", "contrast"],
-    "mdifffr": ["conditions", "diffusion"],
-    "light_mdifffr": ["conditions", "diffusion"],
+    "mdifffr": ["conditions", "diffusion", "size"],
+    "light_mdifffr": ["conditions", "diffusion", "size"],
     "fedvbpr": ["modality", "sampling"],
 }
 MULTIMODAL = ["strategy", "modality", "noise", "sampling"]
@@ -100,19 +109,38 @@ def write_flagfiles(folder: Path, group: str) -> list[Path]:
 
 
 def plot(path: Path, group: str, runs: dict[str, compare.Runs]) -> None:
-    """Bars of HR and NDCG at the largest cut-off, with the spread over seeds."""
+    """HR and NDCG at the largest cut-off, with the spread over seeds: a curve or bars."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.35 * len(runs) + 1.6), layout="constrained", sharey=True)
     k = max(map(int, FLAGS.k), default=0) or compare.cut_offs(list(runs.values()))[-1]
-    for axis, metric in zip(axes, (f"HR@{k}", f"NDCG@{k}"), strict=True):
-        values = [[said["test"][metric] for said in one.summaries] for one in runs.values()]
-        axis.barh(list(runs), [np.mean(v) for v in values], xerr=[np.std(v) for v in values], capsize=3)
-        axis.set(xlabel=f"test {metric} (bar: standard deviation over seeds)")
-    axes[0].invert_yaxis()
+    spread = "standard deviation over seeds"
+    values = {
+        metric: {name: [said["test"][metric] for said in one.summaries] for name, one in runs.items()}
+        for metric in (f"HR@{k}", f"NDCG@{k}")
+    }
+    height = 4 if group in CURVES else 0.35 * len(runs) + 1.6
+    figure, axes = plt.subplots(1, 2, figsize=(10, height), layout="constrained", sharey=group not in CURVES)
+    for axis, (metric, of) in zip(axes, values.items(), strict=True):
+        curve = group in CURVES
+        names = [name for name in of if not curve or name != FULL]
+        mean, std = ([f(of[name]) for name in names] for f in (np.mean, np.std))
+        if not curve:
+            axis.barh(names, mean, xerr=std, capsize=3)
+            axis.set(xlabel=f"test {metric} (bar: {spread})")
+            continue
+        at = [float(name.rpartition("_")[2]) for name in names]
+        axis.errorbar(at, mean, std, fmt="o-", capsize=3)
+        if FULL in of:
+            axis.axhline(np.mean(of[FULL]), linestyle="--", color="grey", label="the recipe")
+            axis.legend()
+        axis.set(xscale="symlog" if 0 in at else "log", xlabel=CURVES[group], ylabel=f"test {metric} (bar: {spread})")
+        axis.set_xticks(at, [f"{x:g}" for x in at])
+        axis.minorticks_off()
+    if group not in CURVES:
+        axes[0].invert_yaxis()
     figure.suptitle(group)
     figure.savefig(path, dpi=120)
     plt.close(figure)

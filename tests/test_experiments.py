@@ -124,6 +124,36 @@ def test_ablations_write_markdown_and_plots_and_are_not_run_twice(base, tmp_path
     assert call(*command) == said and all(path.stat().st_mtime_ns == time for path, time in held.items())
 
 
+CURVES = """
+import pathlib, sys
+sys.path.insert(0, "experiments")
+import matplotlib.axes, types
+import ablations
+ablations.FLAGS(["ablations.py", "--base=none", "--k=5,10"])
+for group, label in ablations.CURVES.items():
+    names = [ablations.FULL, *ablations.GROUPS[group]]
+    said = lambda n: [{"test": {"HR@10": 0.1 * n + seed, "NDCG@10": 0.1 * n}} for seed in (0.0, 0.02)]
+    drawn, draw = [], matplotlib.axes.Axes.errorbar
+    matplotlib.axes.Axes.errorbar = lambda axis, *a, **k: drawn.append(a) or draw(axis, *a, **k)
+    path = pathlib.Path(sys.argv[1]) / f"{group}.png"
+    ablations.plot(path, group, {name: types.SimpleNamespace(summaries=said(n)) for n, name in enumerate(names)})
+    matplotlib.axes.Axes.errorbar = draw
+    (at, mean, std), (_, ndcg, flat) = drawn
+    assert len(at) == len(names) - 1 and sorted(at) == at, (group, at)
+    assert abs(mean[0] - 0.11) < 1e-9 and abs(std[0] - 0.01) < 1e-9 and abs(ndcg[1] - 0.2) < 1e-9 and not any(flat)
+    assert path.stat().st_size > 5000
+    print(group)
+"""
+
+
+def test_values_of_one_setting_are_drawn_as_a_curve(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", CURVES, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["sampling", "interval", "beta", "gate", "size"]
+
+
 def test_a_recipe_that_is_refused_is_no_finding(base, tmp_path):
     bad = tmp_path / "synthetic_bad.flags"
     bad.write_text(f"--flagfile={base}\n--set=operators=sum,sum\n")
