@@ -109,17 +109,18 @@ def write_flagfiles(folder: Path, group: str) -> list[Path]:
 
 
 def plot(path: Path, group: str, runs: dict[str, compare.Runs]) -> None:
-    """HR and NDCG at the largest cut-off, with the spread over seeds: a curve or bars."""
+    """HR (recall, where that selects the round) and NDCG at the largest cut-off, with the spread over seeds: a curve or
+    bars."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     k = max(map(int, FLAGS.k), default=0) or compare.cut_offs(list(runs.values()))[-1]
-    spread = "standard deviation over seeds"
+    hits = "Recall" if "Recall" in next(iter(runs.values())).summaries[0]["select_metric"] else "HR"
     values = {
         metric: {name: [said["test"][metric] for said in one.summaries] for name, one in runs.items()}
-        for metric in (f"HR@{k}", f"NDCG@{k}")
+        for metric in (f"{hits}@{k}", f"NDCG@{k}")
     }
     height = 4 if group in CURVES else 0.35 * len(runs) + 1.6
     figure, axes = plt.subplots(1, 2, figsize=(10, height), layout="constrained", sharey=group not in CURVES)
@@ -129,19 +130,19 @@ def plot(path: Path, group: str, runs: dict[str, compare.Runs]) -> None:
         mean, std = ([f(of[name]) for name in names] for f in (np.mean, np.std))
         if not curve:
             axis.barh(names, mean, xerr=std, capsize=3)
-            axis.set(xlabel=f"test {metric} (bar: {spread})")
+            axis.set(xlabel=f"test {metric}")
             continue
         at = [float(name.rpartition("_")[2]) for name in names]
         axis.errorbar(at, mean, std, fmt="o-", capsize=3)
         if FULL in of:
             axis.axhline(np.mean(of[FULL]), linestyle="--", color="grey", label="the recipe")
             axis.legend()
-        axis.set(xscale="symlog" if 0 in at else "log", xlabel=CURVES[group], ylabel=f"test {metric} (bar: {spread})")
+        axis.set(xscale="symlog" if 0 in at else "log", xlabel=CURVES[group], ylabel=f"test {metric}")
         axis.set_xticks(at, [f"{x:g}" for x in at])
         axis.minorticks_off()
     if group not in CURVES:
         axes[0].invert_yaxis()
-    figure.suptitle(group)
+    figure.suptitle(f"{group} (bars: standard deviation over seeds)")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

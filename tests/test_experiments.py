@@ -132,7 +132,8 @@ import ablations
 ablations.FLAGS(["ablations.py", "--base=none", "--k=5,10"])
 for group, label in ablations.CURVES.items():
     names = [ablations.FULL, *ablations.GROUPS[group]]
-    said = lambda n: [{"test": {"HR@10": 0.1 * n + seed, "NDCG@10": 0.1 * n}} for seed in (0.0, 0.02)]
+    test = lambda n, seed: {"Recall@10": 0.1 * n + seed, "NDCG@10": 0.1 * n}
+    said = lambda n: [{"test": test(n, seed), "select_metric": "Recall@5+Recall@10"} for seed in (0.0, 0.02)]
     drawn, draw = [], matplotlib.axes.Axes.errorbar
     matplotlib.axes.Axes.errorbar = lambda axis, *a, **k: drawn.append(a) or draw(axis, *a, **k)
     path = pathlib.Path(sys.argv[1]) / f"{group}.png"
