@@ -185,6 +185,9 @@ class Method(NamedTuple):
         exchange: a dense pass over all clients in some rounds, or None.
         public: roles of an upload that tell no more than how many steps a client takes; a privacy mechanism leaves them
             as they are.
+        known: (shared) -> what of an upload the server knows beforehand, where clients send tables and not their
+            changes: a privacy mechanism clips the difference.
+        keeps_upload: clients go on from what they have sent, so that noise on it would stay.
         init_mail: (Server) -> one client's mail before the first round, or () where the server answers nobody. A
             `download` is given () for a user who was not there in training.
     """
@@ -207,6 +210,8 @@ class Method(NamedTuple):
     explain: Callable[[Params, Params, LocalData], dict[str, Array]] = lambda shared, params, data: {}
     exchange: Exchange | None = None
     public: tuple[str, ...] = ()
+    known: Callable[[Params], Upload] | None = None
+    keeps_upload: bool = False
     init_mail: Callable[[Server], Mail] = lambda server: ()
 
 

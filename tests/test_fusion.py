@@ -193,8 +193,8 @@ def test_everything_that_is_sent_gets_the_noise(noise_on):
 def test_uploads_weigh_as_told():
     weighting = lambda name, **s: methods.build(name, USERS, ITEMS, catalogue(ITEMS, 7), **s).config.weighting
     assert weighting("fedvlr") == "by_size" and weighting("fedvlr", backbone="fcf") == "equal"
-    assert weighting("fedvlr", weighting="equal") == weighting("fedmr") == "equal"
-    assert weighting("fedmr", weighting="by_size") == weighting("fedmr", weighting="backbone") == "by_size"
+    assert weighting("fedvlr", weighting="equal") == weighting("fedmr", backbone="fcf") == "equal"
+    assert weighting("fedmr") == weighting("fedmr", weighting="backbone") == "by_size"
     by = lambda **s: methods.build("fedvlr", USERS, ITEMS, catalogue(ITEMS, 7), **s).aggregator.weight
     assert (by(weighting="equal"), by()) == (aggregate.equal, aggregate.by_size)
 
@@ -230,6 +230,10 @@ def test_an_ablation_of_features_that_are_not_there_is_refused():
     methods.build("fedvlr", USERS, ITEMS, text, text="drop")
     with pytest.raises(ValueError, match="visual=random: the data set has no such features, only text"):
         methods.build("fedvlr", USERS, ITEMS, text, visual="random")
+
+
+def close(x, y):
+    np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6)
 
 
 def sample_data(rng, rows: int, batch: int, steps: int) -> LocalData:
@@ -300,7 +304,41 @@ def test_local_training_is_algorithm_1_by_automatic_differentiation(backbone, lo
     data = sample_data(rng, rows, 10, 3)
     after, update, info = method.local_update(jax.random.key(3), shared, params, data)
     private, total = by_autodiff(method.config, fused_backbone(backbone, rows, method.config), params, data)
-    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6)
     jax.tree.map(close, {role: after[role] for role in private}, private)
     close(update["views"], total)
     assert 0.1 < float(info["loss"]) < 10
+
+
+@pytest.mark.parametrize("backbone", ["pfedrec", "fedavg"])
+def test_copies_of_what_is_shared_step_after_pfedrecs_head(backbone):
+    """As PFedRec's table does; over FedAvg all step from one point."""
+    settings = {"dim": 4, "id_dim": 2, "lr": 0.7, "item_lr_scale": 0.3, "fusion_lr_scale": 0.5}
+    method = methods.build("fedvbpr", USERS, 12, catalogue(12, 7), backbone=backbone, **settings, user_init_std=0.5)
+    shared = method.publish(jax.random.key(0), method.init_server(jax.random.key(1)))
+    params = {**shared, **method.init_client(jax.random.key(2), shared)}
+    data = sample_data(np.random.default_rng(5), 12, 10, 1)
+    batch = batch_at(data, jnp.int32(0))
+    model, module = fused_backbone(backbone, 12, method.config), views.fusion(("vbpr",), 4)
+    private = {role: params[role] for role in params if role not in shared}
+
+    def loss(private, trained):
+        made = module.apply(trained["fusion"], {**shared["guide"], "id": trained["id"]})[:, 0]
+        return fusion_client.LOSSES["pointwise"](model.predict(private, {}, made[batch.item]), batch)
+
+    trained = {"fusion": shared["fusion"], "id": shared["guide"]["id"]}
+    after = jax.tree.map(lambda p, g: p - 0.7 * g, private, jax.grad(loss)(private, trained))
+    gradient = jax.grad(loss, argnums=1)(after if backbone == "pfedrec" else private, trained)
+    got, update, _ = method.local_update(jax.random.key(3), shared, params, data)
+    jax.tree.map(close, {role: got[role] for role in after}, after)
+    close(update["guide"]["id"], -0.7 * 0.3 * USERS * gradient["id"])
+    jax.tree.map(lambda x, g: close(x, -0.7 * 0.5 * g), update["fusion"], gradient["fusion"])
+
+
+def test_decay_of_ids_does_not_grow_with_the_clients():
+    for users in (USERS, 40 * USERS):
+        method = methods.build("fedvlr", users, ITEMS, catalogue(ITEMS, 7), dim=4, id_dim=6, lr=0.5, l2=0.1)
+        server = method.init_server(jax.random.key(1))
+        nothing = Aggregate({"views": jnp.zeros((ITEMS, 3, 4))}, jnp.ones(()), jnp.float32(users))
+        after, _ = method.server_update(jax.random.key(0), server, nothing)
+        shrunk = jax.tree.map(lambda p: (1 - 0.5 * 0.1) * p, server.private["trainable"])
+        jax.tree.map(close, after.private["trainable"], shrunk)

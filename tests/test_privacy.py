@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -181,6 +182,29 @@ def test_methods_whose_aggregate_or_upload_is_their_own(name):
     assert max(moved) > 0.8  # nearly every entry of some role
     if name == "gpfedrec":
         assert (one.mail["item"] != other.mail["item"])[:USERS].mean() > 0.8
+
+
+def test_where_tables_are_sent_their_change_is_clipped():
+    """GPFedRec's upload is the table itself, whose norm is far above the bound."""
+    plain = built("gpfedrec")
+    shared = plain.publish(jax.random.key(0), plain.init_server(jax.random.key(1)))
+    rows = jnp.arange(ITEMS)
+    data = types.SimpleNamespace(row_mask=rows < ITEMS, rows=rows)
+    moved = {"item": shared["item"] + 0.01 * jax.random.normal(jax.random.key(2), shared["item"].shape)}
+    client = {"user": jnp.zeros(4), "network": {}}
+    for clip in (0.05, 100.0):
+        method = private(plain, Mechanism(clip=clip), USERS)
+        _, sent = method.upload(jax.random.key(3), shared, client, moved, data)
+        change = np.asarray(sent["item"] - shared["item"])
+        whole = np.asarray(moved["item"] - shared["item"])
+        expected = min(1.0, clip / np.linalg.norm(whole)) * whole
+        np.testing.assert_allclose(change, expected, atol=1e-6)
+    assert np.linalg.norm(shared["item"]) > 0.1 > 0.05
+
+
+def test_clients_that_go_on_from_what_they_sent_are_refused():
+    with pytest.raises(ValueError, match="method=cofedrec: its clients go on from tables that they have sent"):
+        private(built("cofedrec"), Mechanism("laplace", noise=0.1), USERS)
 
 
 def test_the_exchange_of_fedrkg_is_noised_once_for_all():

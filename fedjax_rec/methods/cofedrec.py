@@ -218,5 +218,6 @@ def cofedrec(config: Config, num_users: int, num_items: int, name: str = "cofedr
         rows="all",
         client_init=config.client_init,
         config=config,
+        keeps_upload=True,
         init_mail=lambda server: {"item": server.shared["item"]},
     )

@@ -10,7 +10,7 @@ linear in its cotangent, summing the clients' cotangents and pulling them back o
 per-client gradients of D and gamma.
 
     fedvlr      router over Sum, MLP and Gate
-    fedmr       the same algorithm with the settings of FedMR's release: equal weights of uploads, no layer norm
+    fedmr       the same algorithm under the name of the earlier paper
     mlp_fusion  one MLP view, no router ("+MLP")
     fedvbpr     ID vector beside a linear map of the features; clients train copies ("+VBPR")
 
@@ -66,7 +66,8 @@ class Config(LocalConfig):
         noise_std: standard deviation of Gaussian noise on every client's upload, drawn once on the server with the
             variance of the weighted mean. noise_on: `gradients` of D and gamma, as in the papers' tables, or the
             `views` cotangents that are really sent; FedNCF's shared table and network get it either way.
-        l2: weight decay of D and gamma, under update=gradients.
+        l2: weight decay of D and gamma, under update=gradients; D's is no mean over clients, so that the factor
+            `clients` of its rate does not act on it.
         weighting: of uploads, `backbone` for FedAvg's by size and the others' equal ones.
         cold_ids: ID rows of items that training never touches: `zero` or the `mean` of the others.
         user_init_std, layers, branches, network_lr_scale, independence, sparsity, anneal, own_lr_scale,
@@ -158,7 +159,7 @@ class Config(LocalConfig):
 
 PRESETS = {
     "fedvlr": Config(),
-    "fedmr": Config(weighting="equal"),
+    "fedmr": Config(),
     "mlp_fusion": Config(operators=("mlp",)),
     "fedvbpr": Config(operators=("vbpr",), id_dim=32, update="parameters"),
 }
@@ -268,7 +269,8 @@ def multimodal(config: Config, num_users: int, num_items: int, name: str, catalo
         grads = views.pull_back(lambda t: fuse(t, server.private["features"]), trainable, cotangent)
         if config.noise_std and config.noise_on == "gradients":
             grads = _noisy(key, grads, scale)
-        grads = jax.tree.map(lambda g, p: g + config.l2 * p, grads, trainable)
+        decay = {ID: config.l2 / _clients_in_rate(config, num_users), "operators": config.l2}
+        grads = {r: jax.tree.map(lambda g, p, r=r: g + decay[r] * p, grads[r], trainable[r]) for r in grads}
         step, state = optimizer.update(grads, server.private["optimizer"], trainable)
         shared, averaged = step_by_change(averaging, sent, server.private["averaging"], server.shared)
         trainable = optax.apply_updates(trainable, step)
@@ -309,12 +311,16 @@ def multimodal(config: Config, num_users: int, num_items: int, name: str, catalo
     )
 
 
+def _clients_in_rate(config: Config, num_users: int) -> int:
+    """The factor of D's rate that undoes the mean over clients; adaptive optimisers see gradients of any scale."""
+    return 1 if config.server_optimizer == "adam" else num_users
+
+
 def _server_optimizer(config: Config, num_users: int) -> optax.GradientTransformation:
-    """Steps D and gamma; adaptive optimisers see gradients of any scale, so the number of clients is left out there."""
+    """Steps D and gamma."""
     make = SERVER_OPTIMIZERS[config.server_optimizer]
     make_fusion = FUSION_OPTIMIZERS[config.fusion_optimizer] if config.fusion_optimizer else make
-    clients = 1 if config.server_optimizer == "adam" else num_users
-    id_rate = config.lr * config.item_lr_scale * clients * config.server_lr
+    id_rate = config.lr * config.item_lr_scale * _clients_in_rate(config, num_users) * config.server_lr
     frozen = optax.set_to_zero()
     return by_role(
         {

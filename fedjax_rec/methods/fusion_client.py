@@ -197,12 +197,17 @@ class ClientSide:
                 return self.loss(weights, rest, vectors, made, batch, data.round)
 
             value, grads = jax.value_and_grad(objective, argnums=(0, 1, 2))(rest, vectors, of_history[ID])
-            rest = {r: jax.tree.map(lambda p, g, r=r: p - rates[r] * g, rest[r], grads[0][r]) for r in rest}
+            after = {r: jax.tree.map(lambda p, g, r=r: p - rates[r] * g, rest[r], grads[0][r]) for r in rest}
+            if self.backbone.private_first:  # gamma and D step by their gradient at the private roles after the step
+                after = {**after, "fusion": rest["fusion"]}
+                grads = jax.grad(objective, argnums=(0, 1, 2))(after, vectors, of_history[ID])
+                step_fusion = lambda p, g: p - rates["fusion"] * g
+                after = {**after, "fusion": jax.tree.map(step_fusion, rest["fusion"], grads[0]["fusion"])}
             moved = {r: tables[r].at[batch.item].add(-rates[r] * grads[1][r]) for r in tables if r != "guide"}
             ids = tables["guide"][ID].at[batch.item].add(-rates[ID] * grads[1]["guide"][ID])
             ids = ids.at[data.history].add(-rates[ID] * grads[2])
             samples = batch.mask.sum()
-            new = {**rest, **moved, "guide": {**tables["guide"], ID: ids}}
+            new = {**after, **moved, "guide": {**tables["guide"], ID: ids}}
             return new, total + jnp.stack([value * samples, samples])
 
         after, total = jax.lax.fori_loop(0, data.num_steps, step, (params, jnp.zeros(2)))

@@ -159,5 +159,6 @@ def gpfedrec(
         rows="all",
         client_init=config.client_init,
         config=config,
+        known=lambda shared: {"item": shared["item"]},
         init_mail=lambda server: {"item": server.shared["item"]},
     )

@@ -4,8 +4,8 @@
     theta <- theta - rate d/dtheta E_t |x^_0(x_t, t, m) - x_0|^2, x_0 a warm row of E     Algorithm 1, lines 7-13
     cold i: x_T ~ N(0, I), x_{t-1} = mu_theta(x_t, t, m_i), E_i = x_0                     Algorithm 2
 
-The features m come down to `condition_dim` principal components; clients only ever get rows. Equations:
-server/diffusion.py.
+The features m may come down to `condition_dim` principal components (64 in the release); clients only ever get rows.
+Equations: server/diffusion.py.
 
 Follows: "MDiffFR", Algorithms 1 and 2, over the paper's client (PFedRec) or any of fedmf, fedncf, pfedrec. Three
 presets:
@@ -94,7 +94,7 @@ class Config(OverConfig):
     negatives: int = 5
     init_std: float = 0.1
     preset: str = "paper"
-    condition_dim: int = 64
+    condition_dim: int = 0
     guidance: str = "features"
     neighbours: tuple[int, ...] = (0,)
     train_every: int = 1
@@ -142,6 +142,7 @@ PRESETS = {
     "paper": Config(),
     "released": Config(
         preset="released",
+        condition_dim=64,
         diffusion_optimizer="sgd",
         diffusion_lr=1e-4,
         diffusion_decay=1e-3,
@@ -149,6 +150,7 @@ PRESETS = {
     ),
     "proper": Config(
         preset="proper",
+        condition_dim=64,
         residual=True,
         standardise=True,
         noise_scale=1.0,

@@ -20,7 +20,8 @@ An exchange (FedRKG's tables) is clipped and noised alike, whole tables with one
 
 Follows: MDiffFR section 6.7 (Laplace, not clipped); FedRKG section 5.2 (the noise on what is released; noise on every
 step is `step_noise` of methods/fedrkg.py). Deviations: noise acts on what a method uploads, which is the change of
-its tables and networks, not the tables (the same for the server, which knows what it sent); for IFedRec the change
+its tables and networks, not the tables (the same for the server, which knows what it sent; where tables are sent, as by
+GPFedRec, their change against the common one is clipped); for IFedRec the change
 without the pull, whose factor, a function of the number of steps, stays as it is; for EASE the history. Draws are
 float32, whose gaps are an attack of their own (Mironov 2012): this is a simulator.
 """
@@ -75,8 +76,14 @@ def private(method: Method, mechanism: Mechanism, num_users: int, *, per_client:
         per_client: every client draws its own noise, even where the sum of all can be drawn at once.
 
     Raises:
-        ValueError: for a method with noise of its own on uploads; when it is traced, for one that sends ids.
+        ValueError: for a method with noise of its own on uploads, or whose clients keep what they send; when it is
+            traced, for one that sends ids.
     """
+    if method.keeps_upload:
+        raise ValueError(
+            f"dp_mechanism={mechanism.kind} with method={method.name}: its clients go on from tables that they have "
+            "sent, in which noise would add up; leave dp_mechanism out or choose another method"
+        )
     if getattr(method.config, "noise_std", 0):
         raise ValueError(
             f"noise_std={method.config.noise_std:g} with dp_mechanism={mechanism.kind}: expected one kind of noise on "
@@ -93,7 +100,12 @@ def private(method: Method, mechanism: Mechanism, num_users: int, *, per_client:
                 f"dp_mechanism={mechanism.kind} with method={method.name}: its clients send item ids, on which noise "
                 "makes no sense; leave dp_mechanism out or choose a method whose clients send numbers"
             )
-        if mechanism.clip:
+        if mechanism.clip and method.known:
+            change = jax.tree.map(jnp.subtract, sent, method.known(shared))
+            within = clipped(change, mechanism, data.row_mask)
+            # exactly what is sent where nothing is cut off
+            sent = jax.tree.map(lambda whole, kept, was: whole + (kept - was), sent, within, change)
+        elif mechanism.clip:
             sent = clipped(sent, mechanism, data.row_mask)
         if noisy and not at_once:
             added = client_noise(jax.random.fold_in(key, STREAM), mechanism, sent, data.rows)
