@@ -126,7 +126,7 @@ def draw_settings(method: str, trial: int) -> dict[str, Any]:
     if over in ("fedvlr", "fedmr"):
         settings["router_lr_scale"] = round(log_uniform(rng, 0.1, 10), 3)
     if over == "fedrkg":  # users learn fast and tables that stay slowly; rare guidance was far below on FilmTrust
-        lr = log_uniform(rng, 0.5, 8.0)
+        lr = log_uniform(rng, *((0.05, 1.0) if backbone == "fedncf" else (0.5, 8.0)))  # its network diverges at more
         settings["lr"] = round(lr, 4)
         settings["item_lr_scale"] = round(log_uniform(rng, 0.02, 1.0) / lr, 7)
         settings["interval"] = int(rng.choice([1, 2, 5, 10]))
