@@ -22,6 +22,7 @@ import numpy as np
 from absl import app, flags
 
 from fedjax_rec import compare
+from fedjax_rec.validate import in_one_line, one_of
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders.")
@@ -147,17 +148,22 @@ def plot(path: Path, group: str, runs: dict[str, compare.Runs]) -> None:
     plt.close(figure)
 
 
-def main(argv) -> None:
+def main(argv) -> int:
+    """The ablations, or bad usage as one line on standard error."""
+    return in_one_line("ablations.py", ablate)
+
+
+def ablate() -> str:
+    """Runs what is not there yet and returns the report."""
     out = Path(FLAGS.out)
-    unknown = set(FLAGS.groups) - set(GROUPS)
-    if unknown:
-        raise app.UsageError(f"--groups: {', '.join(sorted(unknown))} unknown, expected some of {', '.join(GROUPS)}")
+    for group in FLAGS.groups:
+        one_of("groups", group, GROUPS)
     parts = []
     for group in FLAGS.groups or groups_of(FLAGS.base):
         flagfiles = write_flagfiles(out / "flags", group)
         command = [
-            sys.executable, str(Path(__file__).with_name("tables.py")), f"--data_dir={FLAGS.data_dir}", f"--out={out}",
-            f"--seeds={FLAGS.seeds}", f"--against={FULL}", "--keep_going",
+            sys.executable, str(Path(__file__).with_name("tables.py")), f"--out={out}", f"--seeds={FLAGS.seeds}",
+            *([f"--data_dir={FLAGS.data_dir}"] if FLAGS.data_dir else []), f"--against={FULL}", "--keep_going",
             *([f"--k={','.join(FLAGS.k)}"] if FLAGS.k else []), *(f"--override={flag}" for flag in FLAGS.override),
             *map(str, flagfiles),
         ]  # fmt: skip
@@ -173,7 +179,7 @@ def main(argv) -> None:
         (out / "ablations.md").write_text("\n".join(parts))
         if finished:
             plot(out / f"{group}.png", group, {name: compare.read_runs(home) for name, home in finished.items()})
-    print((out / "ablations.md").read_text())
+    return (out / "ablations.md").read_text()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ group at random and does not say how the groups are bounded.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -38,8 +39,8 @@ from fedjax_rec.data.clients import row_offsets
 from fedjax_rec.experiment import Experiment, prepare
 from fedjax_rec.methods import make_config
 from fedjax_rec.methods.fedrkg import gate_values, is_guidance_round
-from fedjax_rec.validate import one_of
-from fedjax_rec.workdir import read_config, read_lines
+from fedjax_rec.validate import in_one_line, one_of
+from fedjax_rec.workdir import UsageError, read_config, read_lines
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders, if it has moved since the runs.")
@@ -91,9 +92,9 @@ def by_activity(length: np.ndarray) -> dict[str, np.ndarray]:
 
 def cold_and_warm(workdirs: list[Path]) -> str:
     """Metrics of the users with the fewest and the most training items, by run."""
-    held = [np.load(workdir / "per_client.npz") for workdir in workdirs]
+    held = [compare.read_per_client(workdir) for workdir in workdirs]
     for name in names():
-        one_of("metric", name, set.intersection(*(set(clients.files) for clients in held)))
+        one_of("metric", name, sorted(set.intersection(*map(set, held))))
     groups = by_activity(held[0]["train_items"])
     rows = []
     for group, users in groups.items():
@@ -228,14 +229,19 @@ def gate_table(ready: Experiment, state, own: np.ndarray, groups: Groups) -> str
     return compare.markdown("### Gates", head, rows)
 
 
-def main(argv) -> None:
+def main(argv) -> int:
+    """The analyses, or bad usage and bad input as one line on standard error."""
+    return in_one_line("guidance.py", lambda: analyses([Path(name) for name in argv[1:]]))
+
+
+def analyses(workdirs: Sequence[Path]) -> str:
+    """All plots and the text."""
     logging.set_verbosity(logging.WARNING)  # checkpoints tell much
-    workdirs = [Path(name) for name in argv[1:]]
     if not workdirs:
-        raise app.UsageError("no workdir given, expected those of finished runs, FedRKG's first")
+        raise UsageError("no workdir given, expected those of finished runs, FedRKG's first")
     missing = [str(w) for w in workdirs if not (w / "per_client.npz").exists()]
     if missing:
-        raise app.UsageError(f"{missing[0]}: no finished run there (no per_client.npz)")
+        raise UsageError(f"{missing[0]}: no finished run there (no per_client.npz)")
     compare.check_comparable([compare.read_runs(workdir) for workdir in workdirs])
     out = Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -245,7 +251,7 @@ def main(argv) -> None:
         if guidance_of(workdir) is not None:
             parts.append(effect(workdir))
     (out / "guidance.md").write_text("\n".join(parts))
-    print("\n".join(parts))
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ import matplotlib.pyplot as plt
 
 from fedjax_rec import compare, load_run
 from fedjax_rec.item_sources.views import ID
+from fedjax_rec.validate import in_one_line
+from fedjax_rec.workdir import UsageError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders, if it has moved since the runs.")
@@ -141,20 +144,26 @@ def _save(figure, path: Path) -> None:
     print(path)
 
 
-def main(argv) -> None:
+def main(argv) -> int:
+    """The plots, or bad usage and bad input as one line on standard error."""
+    return in_one_line("plots.py", lambda: draw([Path(name) for name in argv[1:]]))
+
+
+def draw(workdirs: Sequence[Path]) -> None:
+    """All plots of the runs."""
     logging.set_verbosity(logging.WARNING)
-    workdirs = [Path(name) for name in argv[1:]]
     if not workdirs:
-        raise app.UsageError("expected workdirs of finished runs")
-    for workdir in workdirs:
-        if not (workdir / "summary.json").exists():
-            raise app.UsageError(f"{workdir}: holds no finished run; give the workdir of one seed")
-    out = Path(FLAGS.out)
-    out.mkdir(parents=True, exist_ok=True)
+        raise UsageError("no workdir given, expected those of finished runs")
     tables = {}
     for workdir in workdirs:
-        with np.load(workdir / "per_client.npz") as held:
-            tables[compare.label(workdir)] = dict(held)
+        if not (workdir / "summary.json").exists():
+            raise UsageError(f"{workdir}: holds no finished run; give the workdir of one seed")
+        name = compare.label(workdir)
+        if name in tables:
+            raise UsageError(f"{workdir}: the second run called {name}, and files are named so; rename one's folder")
+        tables[name] = compare.read_per_client(workdir)
+    out = Path(FLAGS.out)
+    out.mkdir(parents=True, exist_ok=True)
     first = next(iter(tables.values()))
     known = [name for name in first if name.startswith(("HR@", "NDCG@"))]
     users_plot(out / "users.png", first)

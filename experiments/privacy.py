@@ -119,16 +119,16 @@ def prepared(chosen: run.RunConfig):
 
 
 def summary_of(name: str, chosen: run.RunConfig) -> dict:
-    """The summary of a run, which is made where there is none yet."""
+    """The summary of a run, which is made where there is none yet; one with other settings is refused."""
     folder = Path(FLAGS.out) / name
     path = folder / "summary.json"
     if not path.exists():
         print(name, flush=True)
-        try:
-            run.train(chosen, folder, data=data_of(chosen.split))
-        except FloatingPointError as error:
-            print(f"{name}: {error}")
-            return {}
+    try:
+        run.train(chosen, folder, data=data_of(chosen.split))
+    except FloatingPointError as error:
+        print(f"{name}: {error}")
+        return {}
     return json.loads(path.read_text())
 
 

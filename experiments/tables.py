@@ -3,8 +3,9 @@ training-free rankers.
 
     python experiments/tables.py --data_dir=DATA --out=runs/tables --seeds=5 --against=fedmf experiments/ku_*.flags
 
-Every run is a workdir OUT/<flagfile>/seed_<n>, made by launch.py; finished ones are not run again. A row is named by
-its flagfile, without the data set and the split. The last column is the paired difference to --against;
+Every run is a workdir OUT/<flagfile>/seed_<n>, made by launch.py; finished ones are not run again, and one that was
+made with other flags is lengthened or refused. A row is named by its flagfile, without the data set and the split. The
+last column is the paired difference to --against;
 --claims=a>b,c>d are judged below the table at every cut-off: each client's metric is averaged over seeds, and the mean
 of the per-client differences is shown with its 95 % interval (see fedjax_rec/compare.py). A claim is true or false
 where the interval leaves zero out, else open. A run has the cut-offs of its flagfile; where --k is given it has those
@@ -27,7 +28,7 @@ from fedjax_rec import compare, metrics
 from fedjax_rec.compare import Runs
 from fedjax_rec.experiment import RunConfig
 from fedjax_rec.validate import in_one_line, nearest
-from fedjax_rec.workdir import UsageError
+from fedjax_rec.workdir import UsageError, read_json, write_json
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders.")
@@ -47,13 +48,22 @@ DEFAULTS = {"select_metric": RunConfig.select_metric} | {name: getattr(RunConfig
 """The defaults of what is read in flagfiles."""
 
 
-def given_flags(flagfile: Path) -> dict[str, str]:
-    """What a flagfile, those it includes and --override say, by flag; of repeated flags the last."""
+def read_flags(flagfile: Path) -> list[str]:
+    """What a flagfile, those it includes and --override say."""
     try:
-        lines = FLAGS.read_flags_from_files([f"--flagfile={flagfile}"]) + FLAGS.override
+        return FLAGS.read_flags_from_files([f"--flagfile={flagfile}"]) + FLAGS.override
     except flags.Error as error:
         raise UsageError(str(error)) from None
-    return dict(line.lstrip("-").split("=", 1) for line in lines if "=" in line)
+
+
+def given_flags(flagfile: Path) -> dict[str, str]:
+    """The same by flag; of repeated flags the last."""
+    return dict(line.lstrip("-").split("=", 1) for line in read_flags(flagfile) if "=" in line)
+
+
+def every_flag(flagfile: Path) -> list[str]:
+    """All that a run of a flagfile depends on."""
+    return read_flags(flagfile) + cut_offs(flagfile)
 
 
 def cut_offs(flagfile: Path) -> list[str]:
@@ -67,13 +77,15 @@ def cut_offs(flagfile: Path) -> list[str]:
 
 def run_one(flagfile: Path, seed: int, workdir: Path) -> bool:
     """False for a flagfile that was refused and is to be left out."""
-    if (workdir / "summary.json").exists():
+    asked = {"flags": every_flag(flagfile)}
+    record = workdir / "asked.json"
+    if (workdir / "summary.json").exists() and record.exists() and read_json(record) == asked:
         return True
     print(f"{flagfile.stem} seed {seed}", file=sys.stderr, flush=True)
     command = [
         sys.executable, str(LAUNCH), f"--flagfile={flagfile}", f"--seed={seed}", f"--workdir={workdir}",
-        f"--data_dir={FLAGS.data_dir}", "--noprogress", "--noplots", "--checkpoint_every=0",
-        f"--compile_cache={Path(FLAGS.out) / 'compiled'}", *cut_offs(flagfile), *FLAGS.override,
+        *([f"--data_dir={FLAGS.data_dir}"] if FLAGS.data_dir else []), "--noprogress", "--noplots",
+        "--checkpoint_every=0", f"--compile_cache={Path(FLAGS.out) / 'compiled'}", *cut_offs(flagfile), *FLAGS.override,
     ]  # fmt: skip
     code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
     if code == DIVERGED:
@@ -83,6 +95,8 @@ def run_one(flagfile: Path, seed: int, workdir: Path) -> bool:
         return False
     elif code:  # refused or stopped: no finding about the method
         sys.exit(code)
+    else:
+        write_json(record, asked)
     return True
 
 
@@ -205,6 +219,8 @@ def tables(flagfiles: Sequence[Path]) -> None:
     for seed in range(FLAGS.seeds if FLAGS.run else 0):
         home = compare.SEED_FOLDER.format(seed)
         accepted = [flagfile for flagfile in accepted if run_one(flagfile, seed, out / flagfile.stem / home)]
+    if not accepted:
+        raise UsageError(f"all of {', '.join(path.stem for path in placed)} were refused (see above)")
     found: dict[str, dict[str, Runs]] = defaultdict(dict)
     for flagfile, (group, row) in placed.items():
         if any((out / flagfile.stem).glob(compare.SEED_FOLDER.format("*") + "/summary.json")):

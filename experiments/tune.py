@@ -260,6 +260,9 @@ ALONE = {
 """Methods that share no settings with the others; MDiffFR is named with its preset."""
 
 
+WITHOUT_RANGES = {"heater", "gar", "aldi", "cs_diffrec"}
+
+
 def run_trial(dataset: str, method: str, trial: int, seed: int, settings: dict, data: tuple) -> dict[str, Any]:
     config = run.RunConfig(
         method=method.split("-")[0], settings=settings, data_dir=FLAGS.data_dir, seed=seed,
@@ -281,7 +284,7 @@ def by_trial(lines: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
 
 def finalists(lines: list[dict[str, Any]]) -> list[int]:
     """The trials that go on to all seeds."""
-    score = {line["trial"]: line["score"] for line in lines if line["seed"] == SEEDS[0]}
+    score = {line["trial"]: line["score"] for line in lines if line["seed"] == SEEDS[0] and "error" not in line}
     return sorted(score, key=score.__getitem__, reverse=True)[: FLAGS.finalists]
 
 
@@ -296,7 +299,10 @@ def choose(folder: Path) -> None:
         # of a search that was cut short before its finalists, the best at the first seed
         complete = [t for t in trials.values() if len(t) == len(SEEDS)] or list(trials.values())
         best = max(complete, key=lambda t: np.mean([x["score"] for x in t]))
-        write_flags(dataset, method, best, len(trials))
+        if all("error" in line for line in best):
+            print(f"{method} on {dataset}: no flagfile, every trial failed, the last with: {lines[-1]['error']}")
+        else:
+            write_flags(dataset, method, best, len(trials))
 
 
 def write_flags(dataset: str, method: str, best: list[dict[str, Any]], trials: int) -> None:
@@ -328,6 +334,9 @@ def main(argv) -> None:
     if FLAGS.choose:
         return choose(folder)
     jax.config.update("jax_num_cpu_devices", FLAGS.cpu_devices)
+    without = sorted(WITHOUT_RANGES & set(FLAGS.methods))
+    if without:
+        raise app.UsageError(f"--methods: {', '.join(without)} have no ranges here; use launch.py --mode=search")
     part, parts = map(int, FLAGS.shard.split("/"))
     data = {name: run.load_data(run.RunConfig(data_dir=FLAGS.data_dir, **protocol_of(name))) for name in FLAGS.datasets}
     path = folder / f"{part}.jsonl"
@@ -343,7 +352,8 @@ def main(argv) -> None:
         line = run_trial(dataset, method, trial, seed, tried or draw_settings(method, trial), data[dataset])
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        print(dataset, method, trial, seed, f"{line['score']:.4f}", f"{line['seconds']:.1f} s", flush=True)
+        said = line.get("error") or f"{line['score']:.4f}"
+        print(dataset, method, trial, seed, said, f"{line['seconds']:.1f} s", flush=True)
 
     pairs = [(d, m) for m in FLAGS.methods for d in FLAGS.datasets][part::parts]
     # trial by trial over all pairs, so that a search that is cut short has searched all of them alike

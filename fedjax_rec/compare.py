@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,7 +92,23 @@ def spread(values: Sequence[float | int | None]) -> str:
 
 def by_client(folders: Sequence[Path], metric: str) -> np.ndarray:
     """One test metric by run and client, [seeds, users]."""
-    return np.stack([np.load(folder / "per_client.npz")[metric] for folder in folders])
+    return np.stack([read_per_client(folder)[metric] for folder in folders])
+
+
+def read_per_client(folder: Path) -> dict[str, np.ndarray]:
+    """The arrays of per_client.npz.
+
+    Raises:
+        UsageError: there is none, or it is damaged.
+    """
+    path = folder / "per_client.npz"
+    try:
+        with np.load(path) as held:
+            return dict(held)
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist: expected a finished run; start it again to go on") from None
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+        raise UsageError(f"{path}: damaged ({error}); remove it, and start the run again") from None
 
 
 def paired(a: np.ndarray, b: np.ndarray) -> str:
@@ -107,20 +124,19 @@ def check_comparable(runs: Sequence[Runs]) -> None:
         UsageError: names the first run that differs from the first of all, and how.
     """
     first = runs[0]
-    with np.load(first.folders[0] / "per_client.npz") as held:
-        users, targets = held["user_id"], held["test_item"]
-        judged = _judged(held)
+    held = read_per_client(first.folders[0])
+    users, targets, judged = held["user_id"], held["test_item"], _judged(held)
     for other in runs:
         for folder, config in zip(other.folders, other.configs, strict=True):
-            for name in ("dataset", "filters", "split", "ranking"):
+            for name in ("dataset", "split", "ranking"):  # what filters leave shows in users and items
                 if config[name] != first.configs[0][name]:
                     raise UsageError(
                         f"{folder} cannot be compared with {first.folders[0]}: {name} is {config[name]!r} there and "
                         f"{first.configs[0][name]!r} here; compare runs on the same data and split"
                     )
-            with np.load(folder / "per_client.npz") as held:
-                same = np.array_equal(held["user_id"], users) and np.array_equal(held["test_item"], targets)
-                judged = judged & _judged(held) if same else judged
+            held = read_per_client(folder)
+            same = np.array_equal(held["user_id"], users) and np.array_equal(held["test_item"], targets)
+            judged = judged & _judged(held) if same else judged
             if not same:
                 raise UsageError(
                     f"{folder} cannot be compared with {first.folders[0]}: their users or test items differ; compare "
@@ -153,8 +169,7 @@ def compare(workdirs: Sequence[str | os.PathLike], names: Sequence[str] = ()) ->
         raise UsageError(f"{len(workdirs)} workdirs given, expected two or more to compare")
     runs = [read_runs(workdir) for workdir in workdirs]
     check_comparable(runs)
-    with np.load(runs[0].folders[0] / "per_client.npz") as held:
-        known = [name for name in held.files if name == "MRR" or "@" in name]
+    known = [name for name in read_per_client(runs[0].folders[0]) if name == "MRR" or "@" in name]
     names = list(names) or [name for name in known if name.startswith(("HR@", "NDCG@"))]
     for one in runs:
         for name in names:

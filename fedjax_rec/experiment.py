@@ -23,7 +23,7 @@ from fedjax_rec.evaluate import Evaluator, make_evaluator
 from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.item_sources.views import ID
 from fedjax_rec.method import Method
-from fedjax_rec.methods import assemble, check_name, make_config
+from fedjax_rec.methods import METHODS, assemble, check_name, make_config
 from fedjax_rec.privacy import mechanisms
 from fedjax_rec.protocols import Protocol, describe, protocol
 from fedjax_rec.rounds import Cohort, Engine, make_engine
@@ -239,8 +239,19 @@ def given_features(config: RunConfig, interactions: Interactions) -> dict[str, F
 
 def features_hash(config: RunConfig, features: Mapping[str, Features]) -> dict[str, str]:
     """What is in the features of config.features as they were joined to the items, by modality."""
-    digest = lambda feature: hashlib.sha256(feature.values.tobytes() + feature.present.tobytes()).hexdigest()[:16]
-    return {name: digest(features[name]) for name in sorted(config.features)}
+    return {name: _digest(features[name]) for name in sorted(config.features)}
+
+
+def content_hash(config: RunConfig, features: Mapping[str, Features]) -> dict[str, str]:
+    """The same of all features, wherever they are from, in one entry; none for a method that reads no features."""
+    if not features or not METHODS[config.method].reads_items:
+        return {}
+    every = "".join(f"{name}:{_digest(features[name])} " for name in sorted(features))
+    return {"content_hash": hashlib.sha256(every.encode()).hexdigest()[:16]}
+
+
+def _digest(feature: Features) -> str:
+    return hashlib.sha256(feature.values.tobytes() + feature.present.tobytes()).hexdigest()[:16]
 
 
 def data_hash(interactions: Interactions, split: Split) -> str:
@@ -353,6 +364,7 @@ def identity(ready: Experiment) -> dict[str, Any]:
     return {
         **ready.config.recorded(),
         **given,
+        **content_hash(ready.config, ready.features),
         "data_hash": data_hash(ready.interactions, ready.split),
         "settings": dataclasses.asdict(ready.method.config),
         "devices": ready.engine.mesh.size,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from fedjax_rec.experiment import Experiment, RunConfig, given_features, load_da
 from fedjax_rec.rounds import AXIS, Engine, State, in_float32, publish, record_at
 from fedjax_rec.run import check_same_data, config_of, restore, train_state
 from fedjax_rec.types import ITEM_ROLES, Params, PyTree
-from fedjax_rec.validate import nearest, positive
+from fedjax_rec.validate import nearest, whole_number
 from fedjax_rec.workdir import UsageError, read_json, write_npz
 
 USERS_AT_ONCE = 4096
@@ -77,16 +77,23 @@ def fit(
         config: what to run. Where `interactions` are given they replace its data set, filters and split.
         interactions: of `load` or `from_frame`; None loads what `config` names.
         split: of `leave_one_out`, `given` or `cold_items`; None splits as `config` says.
-        features: item features by modality, for methods that read them.
+        features: item features by modality, for methods that read them; they replace those of the data set.
         workdir: see run.train; a stopped run goes on from it.
         progress: show a progress bar.
 
     Raises:
-        as run.train.
+        as run.train; UsageError also for a split without its interactions.
     """
     data = None
     if interactions is not None:
         config, data = _about(config, interactions, split, features)
+    else:
+        _no_split_alone(split)
+        if features:
+            rest = {name: path for name, path in config.features.items() if name not in features}
+            config = dataclasses.replace(config, features=rest)
+            *loaded, own = load_data(config)
+            data = (*loaded, {**own, **features})
     summary, ready, state = train_state(config, workdir, data=data, progress=progress)
     return _one_device(ready, state, ready.engine.clients.slots, summary["rounds"], summary)
 
@@ -120,6 +127,7 @@ def load_run(
     if interactions is not None:
         data = _about(there, interactions, split, features)[1]
     else:
+        _no_split_alone(split)
         try:
             interactions, split, own = load_data(there)
         except DataError as error:
@@ -142,6 +150,11 @@ def load_run(
     path = folder / "summary.json"
     summary = read_json(path) if path.exists() else None
     return _one_device(ready, state, deal(lengths, trained_on), done, summary)
+
+
+def _no_split_alone(split: Split | None) -> None:
+    if split is not None:
+        raise UsageError("a split without its interactions: give both, or neither")
 
 
 def _about(config: RunConfig, interactions: Interactions, split: Split | None, features: Mapping | None):
@@ -252,7 +265,7 @@ class Run:
             exclude_seen: leave out the user's training and validation items and, under a cold-item split, what is no
                 test item, as the test ranking does: place r of a full list is what the evaluation calls rank r.
         """
-        positive("k", k)
+        whole_number("k", k)
         return self.top(self.scores(user), self._competing(user) if exclude_seen else None, k)
 
     def top(self, scores: np.ndarray, competing: np.ndarray | None, k: int) -> Recommendations:
@@ -283,7 +296,9 @@ class Run:
         """
         data = self.experiment.interactions
         tables = {role: value for role, value in self.shared.items() if role in ITEM_ROLES}
-        kept = {r: v for r, v in self.state.clients.items() if client_tables or r not in ITEM_ROLES}
+        answers = self.state.mail if isinstance(self.state.mail, dict) else {}  # of server-trained models the vectors
+        held = {**answers, **self.state.clients}
+        kept = {r: v for r, v in held.items() if client_tables or r not in ITEM_ROLES}
         return Embeddings(data.item_ids, _flat(tables), data.user_ids, _flat(kept))
 
     def export_embeddings(self, path: str | os.PathLike, *, client_tables: bool = False) -> None:
@@ -303,8 +318,8 @@ class Run:
         Raises:
             UsageError: no item, or one that the catalogue does not have.
         """
-        positive("rounds", self.round if rounds is None else rounds)
-        if isinstance(items, str):  # a sequence too, of letters
+        whole_number("rounds", self.round if rounds is None else rounds)
+        if isinstance(items, str) or not isinstance(items, Iterable):  # a string is a sequence too, of letters
             raise UsageError(f"items {items!r}: expected a list of item ids, like [{items!r}]")
         index = _index_of("item", list(items), self._item_index)
         return folding.fold_in(self, np.unique(index), self.round if rounds is None else rounds)
@@ -323,7 +338,7 @@ def _index_of(kind: str, raw: list, index: dict[Any, int]) -> np.ndarray:
     if not raw:
         raise UsageError(f"no {kind} given, expected at least one {kind} id like {next(iter(index))!r}")
     for one in raw:
-        if one not in index:
+        if not isinstance(one, Hashable) or one not in index:
             near = nearest(one, map(str, index)) if isinstance(one, str) else ""
             examples = ", ".join(map(repr, list(index)[:3]))
             raise UsageError(

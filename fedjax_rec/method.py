@@ -187,6 +187,7 @@ class Method(NamedTuple):
             as they are.
         known: (shared) -> what of an upload the server knows beforehand, where clients send tables and not their
             changes: a privacy mechanism clips the difference.
+        scratch: bytes that the server's step takes beside its state.
         keeps_upload: clients go on from what they have sent, so that noise on it would stay.
         init_mail: (Server) -> one client's mail before the first round, or () where the server answers nobody. A
             `download` is given () for a user who was not there in training.
@@ -211,6 +212,7 @@ class Method(NamedTuple):
     exchange: Exchange | None = None
     public: tuple[str, ...] = ()
     known: Callable[[Params], Upload] | None = None
+    scratch: int = 0
     keeps_upload: bool = False
     init_mail: Callable[[Server], Mail] = lambda server: ()
 

@@ -697,7 +697,8 @@ def _memory_bytes(engine: Engine) -> dict[str, int]:
     parts = {
         "clients": _bytes(state.clients) * spec.num_slots,
         "mail": _bytes(state.mail) * spec.num_slots,
-        "server": 3 * _bytes(state.server) * spec.num_devices,  # every device holds it whole
+        # every device holds it whole
+        "server": (3 * _bytes(state.server) + method.scratch) * spec.num_devices,
         "uploads": _uploads_bytes(engine, steps[-1].upload) * spec.num_devices,
         "data": sum(x.nbytes for b in spec.buckets for x in b if x is not None),
         "block": in_flight * spec.num_devices,

@@ -23,6 +23,7 @@ from fedjax_rec.experiment import (
     RunConfig,
     check_memory,
     cohort_size,
+    content_hash,
     data_hash,
     features_hash,
     identity,
@@ -250,6 +251,9 @@ def check_same_data(folder: Path, ready: Experiment, remedy: str) -> None:
     if told != features_hash(ready.config, ready.features):
         names = ", ".join(told)
         raise UsageError(f"{folder}: the features named {names} are not those the run was trained on; {remedy}")
+    content = content_hash(ready.config, ready.features).get("content_hash")
+    if held.get("content_hash", content) != content:
+        raise UsageError(f"{folder}: the item features are not those the run was trained on; {remedy}")
     if not _same_pairs(folder, held.get("data_hash"), ready):
         raise UsageError(
             f"{folder}: the users, items or pairs of '{ready.config.dataset}' are not those the run was trained on; "
@@ -308,29 +312,48 @@ class _MemoryLog:
         pass
 
 
-def lengthen(folder: Path, given: Mapping[str, Any]) -> None:
-    """Gives the run in a folder more rounds, where these are all that is asked for beside it; `claim` refuses the rest.
+def lengthened(folder: Path, given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The configuration of the run in a folder with more rounds, where these are all that is asked for beside it; else
+    None (`claim` refuses the rest).
 
     Raises:
         UsageError: its last round was evaluated out of turn, and perhaps selected, as in no longer run.
     """
     if not (folder / "config.json").exists():
-        return
+        return None
     there = read_config(folder)
     rounds, every = there.get("rounds", 0), given["eval_every"]
     if given["rounds"] <= rounds or differences(there, given, "there", "given", IMMATERIAL | {"rounds"}):
+        return None
+    if _rounds_kept(folder) >= rounds and rounds % every:
+        raise UsageError(
+            f"--rounds={given['rounds']}: {folder} holds a run of {rounds} rounds, the last of which was evaluated "
+            f"though it is no multiple of --eval_every={every}, as it is not in a longer run: use another --workdir"
+        )
+    return {**there, "rounds": given["rounds"]}
+
+
+def lengthen(folder: Path, given: Mapping[str, Any]) -> None:
+    """Gives the run in a folder its `lengthened` configuration. What it said at its end stays as summary_<rounds>.json.
+
+    Raises:
+        UsageError: see `lengthened`; nothing is changed then.
+    """
+    config = lengthened(folder, given)
+    if config is None:
         return
-    with Checkpoints(folder / "checkpoints") as held:
-        done = held.latest or 0
-    if done >= rounds:  # else it was stopped, or its patience was over and it stays finished
-        if rounds % every:
-            raise UsageError(
-                f"--rounds={given['rounds']}: {folder} holds a run of {rounds} rounds, the last of which was evaluated "
-                f"though it is no multiple of --eval_every={every}, as it is not in a longer run: use another --workdir"
-            )
+    rounds = read_config(folder).get("rounds", 0)
+    summary = folder / "summary.json"
+    # a run that was stopped has none, and one whose patience was over stays finished
+    if _rounds_kept(folder) >= rounds and summary.exists():
         # before it is a longer one, so that what is stopped on the way there does not look finished
-        (folder / "summary.json").unlink(missing_ok=True)
-    write_json(folder / "config.json", {**there, "rounds": given["rounds"]})
+        summary.rename(folder / f"summary_{rounds}.json")
+    write_json(folder / "config.json", config)
+
+
+def _rounds_kept(folder: Path) -> int:
+    with Checkpoints(folder / "checkpoints") as held:
+        return held.latest or 0
 
 
 def _finished(config: RunConfig, best: Best | None, done: int) -> bool:

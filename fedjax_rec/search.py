@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from fedjax_rec import metrics, run
-from fedjax_rec.experiment import RunConfig, data_hash
+from fedjax_rec.experiment import RunConfig, content_hash, data_hash
 from fedjax_rec.methods import make_config
 from fedjax_rec.workdir import UsageError, claim, read_lines, write_lines, write_text
 
@@ -99,7 +99,8 @@ def search(
     folder = Path(workdir)
     devices = config.devices or len(jax.devices())
     data = data or run.load_data(config)
-    claim(folder, {**config.recorded(), "data_hash": data_hash(*data[:2]), "devices": devices, "grid": dict(grid)})
+    hashes = {"data_hash": data_hash(*data[:2]), **content_hash(config, data[2])}
+    claim(folder, {**config.recorded(), **hashes, "devices": devices, "grid": dict(grid)})
     path = folder / "trials.jsonl"
     lines = read_lines(path)
     write_lines(path, lines)  # without what a kill left of a line

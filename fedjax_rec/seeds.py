@@ -12,7 +12,8 @@ import numpy as np
 
 from fedjax_rec import run
 from fedjax_rec.compare import MAY_DIFFER, SEED_FOLDER, Runs, aligned, read_runs, seed_folders, spread
-from fedjax_rec.experiment import RunConfig, identity, load_data
+from fedjax_rec.experiment import RunConfig, check_memory, identity, load_data
+from fedjax_rec.privacy import accounting
 from fedjax_rec.validate import positive
 from fedjax_rec.workdir import UsageError, claim, differences, read_config, write_json
 
@@ -47,8 +48,10 @@ def train_seeds(
     data = data or load_data(config)
     wanted = {SEED_FOLDER.format(seed): seed for seed in range(config.seed, config.seed + count)}
     given = _check_beside(config, folder, data, wanted)
-    for name, seed in wanted.items() if given else ():
-        run.lengthen(folder / name, {**given, "seed": seed})  # all, so that none is averaged as it was
+    # all, so that none is averaged as it was, and none where one is refused
+    for change in (run.lengthened, run.lengthen) if given else ():
+        for name, seed in wanted.items():
+            change(folder / name, {**given, "seed": seed})
     failed: dict[str, str] = {}
     status = "done"
     for name, seed in wanted.items():
@@ -70,7 +73,7 @@ def train_seeds(
     said = {"status": status, "failed": failed, "seeds": []}
     if any(home.name in wanted for home in finished):
         said |= summarise(read_runs(folder), set(wanted))
-        write_json(folder / "seeds.json", said)
+    write_json(folder / "seeds.json", said)
     return said
 
 
@@ -82,7 +85,12 @@ def _check_beside(config: RunConfig, folder: Path, data: tuple, wanted: Collecti
             f"{folder} holds a single run or a search (config.json); expected a folder of seeds: use another --workdir"
         )
     held = [home for home in seed_folders(folder) if (home / "config.json").exists()]
-    given = identity(run.prepare(config, data)) if held else {}
+    given = {}
+    if held:
+        ready = run.prepare(config, data)
+        check_memory(ready.engine)
+        accounting.check(ready)
+        given = identity(ready)
     for home in held:
         there = read_config(home)
         grown = {"rounds"} if home.name in wanted and there.get("rounds", 0) < given["rounds"] else set()

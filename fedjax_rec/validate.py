@@ -7,6 +7,8 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
+
 
 def in_one_line(program: str, body: Callable[[], str | None]) -> int:
     """A command's exit code: 0, with what `body` returns printed; 2 for bad usage and input, one line on standard
@@ -24,6 +26,11 @@ def in_one_line(program: str, body: Callable[[], str | None]) -> int:
 def positive(name: str, value: int | float, *, zero_allowed: bool = False) -> None:
     if not (value > 0 or (zero_allowed and value == 0)):
         raise ValueError(f"{name}={value}: expected a number {'>= 0' if zero_allowed else '> 0'}")
+
+
+def whole_number(name: str, value: int) -> None:
+    if not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name}={value!r}: expected a whole number > 0")
 
 
 def widths(name: str, values: Sequence[int]) -> None:

@@ -82,8 +82,9 @@ def differences(
     a: Mapping[str, Any], b: Mapping[str, Any], of_a: str, of_b: str, immaterial: frozenset[str] = IMMATERIAL
 ) -> list[str]:
     """In what two configurations differ, beside what is immaterial."""
-    if "data_hash" not in a or "data_hash" not in b:  # recorded by an earlier version: nothing is known of its data
-        immaterial = immaterial | {"data_hash"}
+    for name in ("data_hash", "content_hash"):  # where one is missing, an earlier version told nothing of its data
+        if name not in a or name not in b:
+            immaterial = immaterial | {name}
     a, b = (flat(json.loads(json.dumps(with_defaults(config)))) for config in (a, b))  # with lists for tuples
     return [
         f"{name}: {a.get(name)!r} {of_a}, {b.get(name)!r} {of_b}"

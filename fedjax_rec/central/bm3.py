@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_rec.central.content import ContentConfig, affine, affine_map, content_of, dropped, unit
-from fedjax_rec.central.pairwise import Model, interactions, learner, normalised, propagate, served
+from fedjax_rec.central.pairwise import Model, graph_bytes, interactions, learner, normalised, propagate, served
 from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.item_sources.views import fill_cold
 from fedjax_rec.method import Method
@@ -55,9 +55,8 @@ class Config(ContentConfig):
 
 def bm3(config: Config, num_users: int, num_items: int, name: str, catalogue: Catalogue) -> Method:
     """BM3; see the module docstring."""
-    return served(
-        learner(model(config, num_users, num_items, name, catalogue), config), config, num_users, num_items, name
-    )
+    trained = learner(model(config, num_users, num_items, name, catalogue), config)
+    return served(trained, config, num_users, num_items, name)._replace(scratch=graph_bytes(num_users, num_items))
 
 
 def model(config: Config, num_users: int, num_items: int, name: str, catalogue: Catalogue) -> Model:

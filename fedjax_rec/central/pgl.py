@@ -41,7 +41,7 @@ from fedjax_rec.central.content import (
     read,
     unit,
 )
-from fedjax_rec.central.pairwise import Model, bpr, interactions, learner, normalised, propagate, served
+from fedjax_rec.central.pairwise import Model, bpr, graph_bytes, interactions, learner, normalised, propagate, served
 from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.method import Method
 from fedjax_rec.sharing import item_table
@@ -87,9 +87,8 @@ class Config(ContentConfig):
 
 def pgl(config: Config, num_users: int, num_items: int, name: str, catalogue: Catalogue) -> Method:
     """PGL; see the module docstring."""
-    return served(
-        learner(model(config, num_users, num_items, name, catalogue), config), config, num_users, num_items, name
-    )
+    trained = learner(model(config, num_users, num_items, name, catalogue), config)
+    return served(trained, config, num_users, num_items, name)._replace(scratch=graph_bytes(num_users, num_items))
 
 
 def model(config: Config, num_users: int, num_items: int, name: str, catalogue: Catalogue) -> Model:
