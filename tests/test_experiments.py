@@ -171,6 +171,51 @@ def test_a_recipe_that_is_refused_is_no_finding(base, tmp_path):
     assert "| good |" in done.stdout and "| bad |" not in done.stdout
 
 
+def test_tables_reuse_runs_of_the_same_flags_alone(base, tmp_path):
+    """More rounds lengthen them; other settings are refused, and what is there stays."""
+    command = ["experiments/tables.py", f"--out={tmp_path}", "--seeds=1", "--against=fedvlr_fcf", str(base)]
+    first = call(*command)
+    home = tmp_path / base.stem / "seed_0"
+    held = {path: path.stat().st_mtime_ns for path in home.glob("*.json")}
+    assert call(*command) == first and all(path.stat().st_mtime_ns == time for path, time in held.items())
+    call(*command, "--override=--rounds=6")
+    assert json.loads((home / "config.json").read_text())["rounds"] == 6 and (home / "summary_4.json").exists()
+    refused = subprocess.run(
+        [sys.executable, *command, "--override=--rounds=6", "--override=--set=lr=0.1"],
+        cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT,
+    )  # fmt: skip
+    assert refused.returncode == 2 and "another configuration (settings.lr" in refused.stderr
+
+
+TUNED = """
+import json, pathlib, sys
+sys.path.insert(0, "experiments")
+import tune
+folder = pathlib.Path(sys.argv[1])
+tune.FLAGS(["tune.py", f"--flags_to={folder}", "--finalists=2"])
+line = lambda method, trial, **more: {"dataset": "ku", "method": method, "trial": trial, "seed": 1000, **more}
+good, bad = {"score": 0.2, "settings": {"lr": 1.0}, "best_round": 3}, {"score": 0.0, "settings": {}, "error": "too hot"}
+lines = [line("fcf", 0, **bad), line("fcf", 1, **good), line("fedmf", 0, **bad)]
+(folder / "0.jsonl").write_text("".join(json.dumps(x) + "\\n" for x in lines))
+assert tune.finalists(lines[:2]) == [1]
+tune.choose(folder)
+"""
+
+
+def test_failed_trials_are_not_chosen(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", TUNED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fedmf on ku: no flagfile, every trial failed, the last with: too hot" in done.stdout
+    assert [path.name for path in tmp_path.glob("*.flags")] == ["ku_fcf.flags"]
+    refused = subprocess.run(
+        [sys.executable, "experiments/tune.py", "--methods=heater", "--datasets=ku"],
+        cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT,
+    )  # fmt: skip
+    assert refused.returncode == 1 and "heater have no ranges here" in refused.stdout + refused.stderr
+
+
 def test_tables_judge_claims(tmp_path):
     good, bad = (tmp_path / f"synthetic_{name}.flags" for name in ("moving", "still"))
     good.write_text("\n".join(["--dataset=synthetic", "--set=dim=8", *QUICK, "--rounds=40", "--eval_every=40"]) + "\n")

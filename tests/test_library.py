@@ -248,6 +248,40 @@ def test_features_of_a_file_belong_to_the_run(tmp_path):
         fr.load_run(tmp_path / "run", features=made)
 
 
+def test_features_stand_in_for_the_data_sets_own_and_are_part_of_the_run(tmp_path):
+    feedback = fr.load("synthetic")
+    made = {"text": dataclasses.replace(synthetic.make().features["text"], source="made")}
+    made["text"].values[:] = np.random.default_rng(0).standard_normal(made["text"].values.shape)
+    settings = {"dim": 4, "id_dim": 4, "backbone": "fedncf"}
+    config = fr.RunConfig(method="mlp_fusion", settings=settings, rounds=2, eval_every=2, max_buckets=1)
+    run = fr.fit(config, features=made, workdir=tmp_path)
+    np.testing.assert_array_equal(run.experiment.features["text"].values, made["text"].values)
+    assert set(run.experiment.features) == {"image", "text"}
+    with pytest.raises(UsageError, match="the item features are not those"):
+        fr.load_run(tmp_path)
+    with pytest.raises(UsageError, match="content_hash"):
+        fr.fit(dataclasses.replace(config, rounds=4), workdir=tmp_path)
+    user = feedback.user_ids[0]
+    np.testing.assert_array_equal(fr.load_run(tmp_path, features=made).scores(user), run.scores(user))
+    split = fr.leave_one_out(feedback)
+    for alone in (lambda: fr.fit(config, split=split), lambda: fr.load_run(tmp_path, split=split)):
+        with pytest.raises(UsageError, match="a split without its interactions"):
+            alone()
+
+
+def test_user_vectors_of_server_trained_models_are_exported():
+    config = fr.RunConfig(method="mf", settings={"dim": 4}, rounds=2, eval_every=2, max_buckets=1)
+    run = fr.fit(config)
+    user = run.experiment.interactions.user_ids[5]
+    said = run.embeddings()
+    (vectors,) = said.users.values()
+    np.testing.assert_allclose(said.items["item"] @ vectors[5], run.scores(user), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UsageError, match=r"user \['a'\] is not in the data"):
+        run.recommend(["a"])
+    with pytest.raises(UsageError, match="items 5: expected a list"):
+        run.fold_in(5)
+
+
 def test_cold_items_recommends_test_items_only(feedback):
     split = fr.cold_items(feedback, seed=1)
     config = fr.RunConfig(settings={"dim": 4}, rounds=2, eval_every=2, max_buckets=1)

@@ -742,6 +742,15 @@ def test_a_run_that_fits_passes(monkeypatch):
         assert run.check_memory(engine) == need
 
 
+def test_dense_graphs_count_in_memory():
+    """The matrix of users and items that BM3 propagates over, in several copies."""
+    need = {}
+    for name in ("vbpr", "bm3", "pgl"):
+        chosen = dataclasses.replace(BASE, method=name, settings={"dim": 4})
+        need[name] = run.prepare(chosen, data()).engine.memory_bytes()["server"]
+    assert min(need["bm3"], need["pgl"]) - need["vbpr"] > 20 * USERS * ITEMS
+
+
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
 def test_a_block_that_does_not_fit_is_answered_with_one_that_does(monkeypatch, share):
     engine = run.prepare(config()).engine

@@ -90,6 +90,15 @@ def test_a_budget_draws_a_part_of_the_grid_and_a_larger_one_goes_on(fake, data, 
     assert len({tuple(line["trial"] for line in trials(tmp_path / str(c.seed))) for c in seeds}) > 1
 
 
+def test_other_features_are_another_search(data, fake, tmp_path):
+    config = dataclasses.replace(CONFIG, method="mlp_fusion")
+    search.search(config, {"lr": "0.001,1", "negatives": "1"}, tmp_path, trials=1, data=data)
+    other = {name: dataclasses.replace(one, values=one.values + 1) for name, one in data[2].items()}
+    with pytest.raises(UsageError, match="content_hash"):
+        search.search(config, {"lr": "0.001,1", "negatives": "1"}, tmp_path, trials=2, data=(*data[:2], other))
+    assert len(fake) == 1
+
+
 def test_a_killed_search_goes_on(fake, data, tmp_path):
     search.search(CONFIG, GRID, tmp_path, trials=3, data=data)
     held = (tmp_path / "trials.jsonl").read_text()

@@ -61,6 +61,50 @@ def test_more_rounds_lengthen_all_seeds_and_a_stop_leaves_none_as_it_was(folder,
         seeds.train_seeds(dataclasses.replace(longer, rounds=4), tmp_path / "fcf", 2, data=data())
 
 
+def test_a_lengthening_that_is_refused_changes_nothing(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder / "fcf", tmp_path / "fcf")
+    longer = dataclasses.replace(CONFIG, method="fcf", rounds=6)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    lengthened = run.lengthened
+
+    def refusing(home, given):
+        if given["seed"] == 4:
+            raise UsageError("out of turn")
+        return lengthened(home, given)
+
+    monkeypatch.setattr(run, "lengthened", refusing)
+    with pytest.raises(UsageError, match="out of turn"):
+        seeds.train_seeds(longer, tmp_path / "fcf", 2, data=data())
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
+
+
+def test_what_shorter_runs_said_outlives_longer_ones_that_diverge(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder / "fcf", tmp_path / "fcf")
+    said = {seed: (tmp_path / "fcf" / f"seed_{seed}" / "summary.json").read_text() for seed in (3, 4)}
+
+    def diverging(*more, **named):
+        raise FloatingPointError("the loss is inf")
+
+    monkeypatch.setattr(run, "train", diverging)
+    longer = dataclasses.replace(CONFIG, method="fcf", rounds=6)
+    told = seeds.train_seeds(longer, tmp_path / "fcf", 2, data=data())
+    assert told["seeds"] == [] and set(told["failed"]) == {"3", "4"}
+    assert json.loads((tmp_path / "fcf" / "seeds.json").read_text())["seeds"] == []  # not the means of before
+    for seed, text in said.items():
+        assert (tmp_path / "fcf" / f"seed_{seed}" / "summary_4.json").read_text() == text
+
+
+def test_damaged_files_and_filters_spelt_out(folder, tmp_path):
+    """A filter at its default is no other data; a damaged file is one line."""
+    shutil.copytree(folder / "single", tmp_path / "single")
+    path = tmp_path / "single" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"filters": {"min_user": 0}}))
+    assert "single" in compare.compare([folder / "single", tmp_path / "single"])
+    (tmp_path / "single" / "per_client.npz").write_bytes(b"PK")
+    with pytest.raises(UsageError, match=r"single/per_client.npz: damaged"):
+        compare.compare([folder / "single", tmp_path / "single"])
+
+
 def test_mean_and_spread_are_those_of_the_summaries(folder):
     said = json.loads((folder / "fedmf" / "seeds.json").read_text())
     values = [
