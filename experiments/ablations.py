@@ -170,7 +170,8 @@ def ablate() -> str:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:  # it has said why
             sys.exit(done.returncode)
-        finished = {path.stem: out / path.stem for path in flagfiles if any((out / path.stem).glob("*/summary.json"))}
+        rows = {line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")}
+        finished = {path.stem: out / path.stem for path in flagfiles if path.stem in rows}
         # the training-free rankers are the same in every group: they stand in the data set's main table
         lines = [line for line in done.stdout.splitlines() if line and not line.startswith("| *")]
         absent = [path.stem for path in flagfiles if path.stem not in finished]

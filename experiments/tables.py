@@ -222,7 +222,8 @@ def tables(flagfiles: Sequence[Path]) -> None:
     if not accepted:
         raise UsageError(f"all of {', '.join(path.stem for path in placed)} were refused (see above)")
     found: dict[str, dict[str, Runs]] = defaultdict(dict)
-    for flagfile, (group, row) in placed.items():
+    for flagfile in accepted:
+        group, row = placed[flagfile]
         if any((out / flagfile.stem).glob(compare.SEED_FOLDER.format("*") + "/summary.json")):
             found[group][row] = compare.read_runs(out / flagfile.stem)
     for group, runs in found.items():

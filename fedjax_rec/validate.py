@@ -4,10 +4,9 @@ command says it."""
 from __future__ import annotations
 
 import difflib
+import numbers
 import sys
 from collections.abc import Callable, Iterable, Sequence
-
-import numpy as np
 
 
 def in_one_line(program: str, body: Callable[[], str | None]) -> int:
@@ -29,7 +28,7 @@ def positive(name: str, value: int | float, *, zero_allowed: bool = False) -> No
 
 
 def whole_number(name: str, value: int) -> None:
-    if not isinstance(value, int | np.integer) or value < 1:
+    if not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name}={value!r}: expected a whole number > 0")
 
 

@@ -109,7 +109,7 @@ class ClientSide:
             rest, routed, held, total = carry
             batch = batch_at(data, t)
             value, of_rest, of_now, factors = look(rest, routed.now, batch)
-            rest = {r: jax.tree.map(lambda p, g, r=r: p - rates[r] * g, rest[r], of_rest[r]) for r in rest}
+            rest = _stepped(rest, of_rest, rates)
             moved = routing.step(routed, of_now)
             if self.backbone.private_first:  # see _train_any
                 _, _, of_now, factors = look(rest, moved.now, batch)
@@ -147,7 +147,7 @@ class ClientSide:
                 return self.loss(weights, rest, vectors, mine, batch, data.round)
 
             value, grads = jax.value_and_grad(objective, argnums=(0, 1, 2, 3))(rest, routed.now, vectors, mine)
-            rest = {r: jax.tree.map(lambda p, g, r=r: p - rates[r] * g, rest[r], grads[0][r]) for r in rest}
+            rest = _stepped(rest, grads[0], rates)
             tables = {r: tables[r].at[batch.item].add(-rates[r] * grads[2][r], mode=IN_BOUNDS) for r in tables}
             moved, of_routing, of_views = routing.step(routed, grads[1]), grads[1], grads[3]
             if self.backbone.private_first:
@@ -197,12 +197,11 @@ class ClientSide:
                 return self.loss(weights, rest, vectors, made, batch, data.round)
 
             value, grads = jax.value_and_grad(objective, argnums=(0, 1, 2))(rest, vectors, of_history[ID])
-            after = {r: jax.tree.map(lambda p, g, r=r: p - rates[r] * g, rest[r], grads[0][r]) for r in rest}
+            after = _stepped(rest, grads[0], rates)
             if self.backbone.private_first:  # gamma and D step by their gradient at the private roles after the step
-                after = {**after, "fusion": rest["fusion"]}
-                grads = jax.grad(objective, argnums=(0, 1, 2))(after, vectors, of_history[ID])
-                step_fusion = lambda p, g: p - rates["fusion"] * g
-                after = {**after, "fusion": jax.tree.map(step_fusion, rest["fusion"], grads[0]["fusion"])}
+                at = {**after, "fusion": rest["fusion"]}
+                grads = jax.grad(objective, argnums=(0, 1, 2))(at, vectors, of_history[ID])
+                after["fusion"] = _stepped(rest, grads[0], rates)["fusion"]
             moved = {r: tables[r].at[batch.item].add(-rates[r] * grads[1][r]) for r in tables if r != "guide"}
             ids = tables["guide"][ID].at[batch.item].add(-rates[ID] * grads[1]["guide"][ID])
             ids = ids.at[data.history].add(-rates[ID] * grads[2])
@@ -313,6 +312,11 @@ class _UserRouting(NamedTuple):
         inner = {"kernel": kernel - self.rate * jnp.outer(h, s), "bias": self.inner["bias"] - self.rate * s}
         of_history = kernel @ d - self.rate * h * sd
         return {"router": {"params": {"inner": inner, "outer": outer}}}, of_history.reshape(self.history.shape)
+
+
+def _stepped(params, grads, rates):
+    """One SGD step, role by role."""
+    return {r: jax.tree.map(lambda p, g, r=r: p - rates[r] * g, params[r], grads[r]) for r in params}
 
 
 def _history_share(data: LocalData):
