@@ -7,8 +7,9 @@ more seeds; the setting with the best mean validation score over the three is ch
 tables.py reports, and no test metric is recorded. Every run is one line of a file in OUT, so that an interrupted
 search goes on where it was; --shard=i/n takes every n-th pair of data set and method, for several processes. Ranges
 are a method's own; those of view methods were narrowed after a first search on KU, FedRKG's after one on FilmTrust,
-on validation. --choose writes the chosen settings as flagfiles. A method over a backbone is named with it, like
-fedvlr-fedrap, and a cold-item split with its data set, like ku@cold_items.
+on validation. --start_from=ml-100k tries that data set's recipes first, as trial 0, which saves trials where another
+data set of the kind was searched before. --choose writes the chosen settings as flagfiles. A method over a backbone is
+named with it, like fedvlr-fedrap, and a cold-item split with its data set, like ku@cold_items.
 """
 
 from __future__ import annotations
@@ -36,12 +37,15 @@ METHODS = ["fcf", "fedavg", "fedmf", "pfedrec", "fedrap", "fedncf"]
 flags.DEFINE_list("methods", METHODS, "Methods; those over another as method-backbone.")
 flags.DEFINE_integer("trials", 8, "Random settings per method and data set.")
 flags.DEFINE_integer("finalists", 2, "How many of them are run at all seeds.")
+flags.DEFINE_integer("rounds", 300, "Rounds at most; cold items take 120 at most.", lower_bound=1)
+flags.DEFINE_integer("patience", 50, "Rounds without a better validation score that end a trial.")
+flags.DEFINE_string("start_from", None, "Data set whose recipes are trial 0; default: random settings alone.")
 flags.DEFINE_string("shard", "0/1", "Which part of the search this process runs.")
 flags.DEFINE_integer("cpu_devices", 2, "Virtual CPU devices.")
 flags.DEFINE_bool("choose", False, "Only write the best settings so far as flagfiles.")
 flags.DEFINE_string("flags_to", "experiments", "Folder for --choose.")
 
-ROUNDS, EVAL_EVERY, PATIENCE = 300, 10, 50
+EVAL_EVERY = 10
 SEEDS = (1000, 1001, 1002)
 PLAIN = str.maketrans("-@", "__")
 
@@ -50,7 +54,7 @@ COLD = "cold_items"
 RECALLS = "Recall@20+Recall@50+Recall@100"
 
 
-AT_50 = {"split": "leave_one_out", "select_metric": "NDCG@50", "rounds": ROUNDS}
+AT_50 = {"split": "leave_one_out", "select_metric": "NDCG@50"}
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "ku": {**AT_50, "split": "given"},
     "amazon-beauty": AT_50,
@@ -66,9 +70,10 @@ def protocol_of(dataset: str, method: str = "") -> dict[str, Any]:
         return {**protocol_of(dataset), "rounds": 1}
     name, _, split = dataset.partition("@")
     if split == COLD:
-        return {"dataset": name, "split": COLD, "select_metric": RECALLS, "ks": (20, 50, 100), "rounds": 120}
-    plain = {"split": "leave_one_out", "select_metric": "NDCG@10", "rounds": ROUNDS}
-    return {"dataset": name, **PROTOCOLS.get(name, plain)}
+        rounds = min(FLAGS.rounds, 120)
+        return {"dataset": name, "split": COLD, "select_metric": RECALLS, "ks": (20, 50, 100), "rounds": rounds}
+    plain = {"split": "leave_one_out", "select_metric": "NDCG@10"}
+    return {"dataset": name, "rounds": FLAGS.rounds, **PROTOCOLS.get(name, plain)}
 
 
 def log_uniform(rng, low: float, high: float) -> float:
@@ -263,15 +268,33 @@ ALONE = {
 WITHOUT_RANGES = {"heater", "gar", "aldi", "cs_diffrec"}
 
 
+def recipe_name(dataset: str, method: str) -> str:
+    return f"{'_'.join([dataset, method]).translate(PLAIN)}.flags"
+
+
+def recipe_settings(dataset: str, method: str) -> dict[str, str]:
+    """The settings of a data set's recipe, not yet of their types.
+
+    Raises:
+        UsageError: no such recipe.
+    """
+    path = Path(__file__).parent / recipe_name(dataset, method)
+    if not path.exists():
+        raise app.UsageError(f"--start_from={dataset}: no {path}; leave {method} out, or run it without --start_from")
+    said = [line.removeprefix("--set=") for line in path.read_text().splitlines() if line.startswith("--set=")]
+    return dict(line.split("=", 1) for line in said)
+
+
 def run_trial(dataset: str, method: str, trial: int, seed: int, settings: dict, data: tuple) -> dict[str, Any]:
     config = run.RunConfig(
         method=method.split("-")[0], settings=settings, data_dir=FLAGS.data_dir, seed=seed,
-        eval_every=EVAL_EVERY, patience=PATIENCE, max_buckets=2, **protocol_of(dataset, method),
+        eval_every=EVAL_EVERY, patience=FLAGS.patience, max_buckets=2, **protocol_of(dataset, method),
     )  # fmt: skip
     said = judge(config, data)
     if said.pop("status") == run.STOPPED:
         raise SystemExit(75)  # a half trial is no trial
-    return {"dataset": dataset, "method": method, "trial": trial, "seed": seed, "settings": settings, **said}
+    line = {"dataset": dataset, "method": method, "trial": trial, "seed": seed, "settings": settings}
+    return line | {"rounds": config.rounds, "patience": config.patience} | said
 
 
 def by_trial(lines: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
@@ -306,22 +329,25 @@ def choose(folder: Path) -> None:
 
 
 def write_flags(dataset: str, method: str, best: list[dict[str, Any]], trials: int) -> None:
-    protocol = protocol_of(dataset, method)
-    path = Path(FLAGS.flags_to) / f"{'_'.join([dataset, method]).translate(PLAIN)}.flags"
+    protocol = {"patience": FLAGS.patience, **protocol_of(dataset, method)}
+    protocol |= {name: best[0][name] for name in ("rounds", "patience") if name in best[0]}
+    start = best[0].get("start_from")
+    budget = f"{trials} settings, the first {start}'s, the others random" if start else f"{trials} random settings"
+    path = Path(FLAGS.flags_to) / recipe_name(dataset, method)
     scores = [line["score"] for line in best]
     spread = f"{min(scores):.3f} to {max(scores):.3f} over {len(best)} seeds" if len(best) > 1 else "one seed"
     said = f"{np.mean(scores):.3f} ({spread})"
     lines = [
-        f"# {method} on {dataset}: the best on validation of {trials} random settings (experiments/tune.py).",
+        f"# {method} on {dataset}: the best on validation of {budget} (experiments/tune.py).",
         f"#   python launch.py --flagfile=experiments/{path.name} --data_dir=DATA --workdir=runs/{path.stem}",
         f"# Expected: validation {protocol['select_metric']} near {said}, best at round "
         f"{max(line.get('best_round', 0) for line in best)} or before; test figures are in BUILD_NOTES.md.",
         f"--method={method.split('-')[0]}",
-        *(f"--{name}={value}" for name, value in protocol.items() if name not in ("ks", "filters")),
+        *(f"--{name}={value}" for name, value in protocol.items() if name not in ("ks", "filters", "patience")),
         *(f"--filter={name}={value}" for name, value in protocol.get("filters", {}).items()),
         *([f"--k={','.join(map(str, protocol['ks']))}"] if "ks" in protocol else []),
         f"--eval_every={EVAL_EVERY}",
-        f"--patience={PATIENCE}",
+        f"--patience={protocol['patience']}",
         *(f"--set={name}={value}" for name, value in best[0]["settings"].items()),
     ]
     path.write_text("\n".join(lines) + "\n")
@@ -337,6 +363,7 @@ def main(argv) -> None:
     without = sorted(WITHOUT_RANGES & set(FLAGS.methods))
     if without:
         raise app.UsageError(f"--methods: {', '.join(without)} have no ranges here; use launch.py --mode=search")
+    first = {m: recipe_settings(FLAGS.start_from, m) for m in FLAGS.methods} if FLAGS.start_from else {}
     part, parts = map(int, FLAGS.shard.split("/"))
     data = {name: run.load_data(run.RunConfig(data_dir=FLAGS.data_dir, **protocol_of(name))) for name in FLAGS.datasets}
     path = folder / f"{part}.jsonl"
@@ -349,7 +376,9 @@ def main(argv) -> None:
             return
         # a finalist is what was tried, whatever this file draws by now
         tried = next((line["settings"] for line in mine if line["trial"] == trial), None)
+        tried = tried or (first.get(method) if trial == 0 else None)
         line = run_trial(dataset, method, trial, seed, tried or draw_settings(method, trial), data[dataset])
+        line["start_from"] = FLAGS.start_from
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         said = line.get("error") or f"{line['score']:.4f}"

@@ -194,11 +194,13 @@ import tune
 folder = pathlib.Path(sys.argv[1])
 tune.FLAGS(["tune.py", f"--flags_to={folder}", "--finalists=2"])
 line = lambda method, trial, **more: {"dataset": "ku", "method": method, "trial": trial, "seed": 1000, **more}
-good, bad = {"score": 0.2, "settings": {"lr": 1.0}, "best_round": 3}, {"score": 0.0, "settings": {}, "error": "too hot"}
+good = {"score": 0.2, "settings": {"lr": 1.0}, "best_round": 3, "rounds": 70, "start_from": "ml-100k"}
+bad = {"score": 0.0, "settings": {}, "error": "too hot"}
 lines = [line("fcf", 0, **bad), line("fcf", 1, **good), line("fedmf", 0, **bad)]
 (folder / "0.jsonl").write_text("".join(json.dumps(x) + "\\n" for x in lines))
 assert tune.finalists(lines[:2]) == [1]
 tune.choose(folder)
+assert float(tune.recipe_settings("ml-100k", "fedrkg-fedmf")["lr"]) > 0
 """
 
 
@@ -209,11 +211,18 @@ def test_failed_trials_are_not_chosen(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "fedmf on ku: no flagfile, every trial failed, the last with: too hot" in done.stdout
     assert [path.name for path in tmp_path.glob("*.flags")] == ["ku_fcf.flags"]
+    said = (tmp_path / "ku_fcf.flags").read_text()
+    assert "2 settings, the first ml-100k's, the others random" in said and "--rounds=70\n" in said
     refused = subprocess.run(
         [sys.executable, "experiments/tune.py", "--methods=heater", "--datasets=ku"],
         cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT,
     )  # fmt: skip
     assert refused.returncode == 1 and "heater have no ranges here" in refused.stdout + refused.stderr
+    refused = subprocess.run(
+        [sys.executable, "experiments/tune.py", "--methods=pgl", "--datasets=ku", "--start_from=ml-1m"],
+        cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT,
+    )  # fmt: skip
+    assert refused.returncode == 1 and "no" in refused.stderr and "ml_1m_pgl.flags; leave pgl out" in refused.stderr
 
 
 def test_tables_judge_claims(tmp_path):
