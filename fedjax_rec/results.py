@@ -116,7 +116,7 @@ def participation(ready: Experiment, rounds: int, seen: int) -> np.ndarray | Non
 
 
 def summarise(
-    ready: Experiment, lines: list[dict], best: Best | None, done: int, rankers: dict[str, Any], timing: dict
+    ready: Experiment, lines: list[dict], best: Best | None, done: int, rankers: dict[str, Any], compile_s: float | None
 ) -> dict[str, Any]:
     """summary.json: the selected round, what it is compared with, what it cost.
 
@@ -125,7 +125,7 @@ def summarise(
         best: the selected round, or None if nothing was evaluated.
         done: rounds run.
         rankers: those of reference_results by name.
-        timing: `compile`, the seconds of the first round of this process.
+        compile_s: the seconds of the first round of this process, or None if it ran none.
     """
     config = ready.config
     trained = [line["seconds"]["train"] for line in lines if not line["seconds"].get("first")]
@@ -160,7 +160,7 @@ def summarise(
         "reference_rankers": rankers,
         **({"privacy": privacy} if privacy else {}),
         "seconds": {
-            "compile": timing["compile"],
+            "compile": compile_s,
             "train_round_median": median(trained),
             "eval_median": median(evaluated[1:] or evaluated),
         },

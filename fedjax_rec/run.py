@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from fedjax_rec.privacy import accounting
 from fedjax_rec.protocols import Protocol
 from fedjax_rec.results import Best, per_client_table, reference_results, results_of, summarise
 from fedjax_rec.rounds import State
+from fedjax_rec.types import PyTree
 from fedjax_rec.workdir import (
     IMMATERIAL,
     MetricsLog,
@@ -146,22 +148,33 @@ def train_state(
     if state is None:
         state = ready.engine.init(ready.key)
     log = MetricsLog(folder, done) if folder is not None else _MemoryLog()
-    timing = {"compile": None}
+    clock = _Clock()
+    sent: deque[tuple[int, PyTree]] = deque()
     bar = tqdm(total=config.rounds, initial=done, unit="round", disable=not progress, dynamic_ncols=True)
     resumed_at = saved = done
     bar.set_description("compiling")
     with StopSignal() as stop:
         try:
             while not _finished(config, best, done):
-                line, state, best = _one_round(ready, state, best, done, timing)
+                state, info = _send_round(ready, state, done)
                 done += 1
-                log.append(line)
-                _show(bar, line, config)
-                if stop.received:
+                sent.append((done, info))
+                judges = done % config.eval_every == 0 or done == config.rounds
+                saves = held is not None and config.checkpoint_every and done % config.checkpoint_every == 0
+                stopping = stop.received
+                # one round stays on its way while the next is sent off, so that a device need not wait for the host
+                while len(sent) > (0 if judges or saves or stopping else 1):
+                    line = _read_round(*sent.popleft(), clock)
+                    if judges and not sent:
+                        best = _judge_round(ready, state, line, best, clock)
+                    log.append(line)
+                    _show(bar, line, config)
+                if stopping:
                     break
-                if held is not None and config.checkpoint_every and done % config.checkpoint_every == 0:
+                if saves:
                     _save(held, done, state, best)
                     saved = done
+                    clock.read()  # no round's time
             finished = _finished(config, best, done)
             if held is not None and saved != done:
                 _save(held, done, state, best)
@@ -179,7 +192,7 @@ def train_state(
                 finished = not stop.received
                 if not finished:
                     break
-        summary = summarise(ready, log.lines, best, done, rankers, timing)
+        summary = summarise(ready, log.lines, best, done, rankers, clock.compile)
         summary["status"] = "done" if finished else STOPPED
         earlier = [line["seconds"] for line in log.lines if line["round"] <= resumed_at]  # of processes before this one
         spent = sum(seconds["train"] + seconds.get("evaluate", 0.0) for seconds in earlier)
@@ -366,37 +379,51 @@ def _patience_over(config: RunConfig, best: Best | None, done: int) -> bool:
     return done - best.round >= config.patience
 
 
-def _one_round(ready: Experiment, state: State, best: Best | None, round_: int, timing: dict):
-    """Runs and, where it is due, evaluates round number `round_` (0-based)."""
-    config, engine = ready.config, ready.engine
+class _Clock:
+    """Seconds since the last reading; the first is a run's compilation."""
+
+    def __init__(self):
+        self.at = time.perf_counter()
+        self.compile: float | None = None
+
+    def read(self) -> float:
+        before, self.at = self.at, time.perf_counter()
+        return self.at - before
+
+
+def _send_round(ready: Experiment, state: State, round_: int) -> tuple[State, PyTree]:
+    """Sends round number `round_` (0-based) off to the devices: (the state after it, what it will tell)."""
     users = ready.cohort_users(round_)
-    cohort = None if users is None else engine.cohort(users)
-    began = time.perf_counter()
-    state, info = engine.round(ready.key, state, round_, cohort)
+    cohort = None if users is None else ready.engine.cohort(users)
+    return ready.engine.round(ready.key, state, round_, cohort)
+
+
+def _read_round(done: int, info: PyTree, clock: _Clock) -> dict[str, Any]:
+    """A round's line of the log, once it is done."""
     info = {name: float(value) for name, value in jax.device_get(info).items()}
-    seconds = {"train": time.perf_counter() - began}
-    if timing["compile"] is None:
-        timing["compile"] = seconds["train"]
+    seconds = {"train": clock.read()}
+    if clock.compile is None:
+        clock.compile = seconds["train"]
         seconds["first"] = True
     clients = int(info.pop("clients"))
     if not np.isfinite(info["loss"]):
         raise FloatingPointError(
-            f"the loss is {info['loss']} after round {round_ + 1}: lower --set lr or --set item_lr_scale; "
+            f"the loss is {info['loss']} after round {done}: lower --set lr or --set item_lr_scale; "
             "the last checkpoint stays"
         )
-    line = {"round": round_ + 1, **info, "clients": clients}
-    if (round_ + 1) % config.eval_every == 0 or round_ + 1 == config.rounds:
-        began = time.perf_counter()
-        ranks = ready.evaluator.ranks(ready.key, state, round_ + 1, ready.eval_cohort)
-        seconds["evaluate"] = time.perf_counter() - began
-        _check_finite(ranks, round_ + 1)
-        line["valid"] = metrics.summarise(ranks.valid, *config.judged)
-        line["test"] = metrics.summarise(ranks.test, *config.judged)
-        value = metrics.read(line["valid"], config.select_metric)
-        if better(ready.protocol, value, best):
-            best = Best(round_ + 1, value, ranks)
-    line["seconds"] = seconds
-    return line, state, best
+    return {"round": done, **info, "clients": clients, "seconds": seconds}
+
+
+def _judge_round(ready: Experiment, state: State, line: dict[str, Any], best: Best | None, clock: _Clock):
+    """Adds an evaluation to a round's line: the selected round so far."""
+    config, done = ready.config, line["round"]
+    ranks = ready.evaluator.ranks(ready.key, state, done, ready.eval_cohort)
+    line["seconds"]["evaluate"] = clock.read()
+    _check_finite(ranks, done)
+    line["valid"] = metrics.summarise(ranks.valid, *config.judged)
+    line["test"] = metrics.summarise(ranks.test, *config.judged)
+    value = metrics.read(line["valid"], config.select_metric)
+    return Best(done, value, ranks) if better(ready.protocol, value, best) else best
 
 
 def _check_finite(ranks: Ranks, rounds: int) -> None:

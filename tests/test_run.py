@@ -167,6 +167,17 @@ def test_stopped_and_started_again_equals_uninterrupted(case, tmp_path, monkeypa
     assert_same_results(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.usefixtures("no_references")
+def test_a_round_is_sent_off_before_the_last_one_is_read(monkeypatch):
+    """So that a device need not wait for the host; what is judged or saved is read first."""
+    told, send, read, judge = [], run._send_round, run._read_round, run._judge_round
+    monkeypatch.setattr(run, "_send_round", lambda r, s, n: told.append(f"send {n + 1}") or send(r, s, n))
+    monkeypatch.setattr(run, "_read_round", lambda n, *a: told.append(f"read {n}") or read(n, *a))
+    monkeypatch.setattr(run, "_judge_round", lambda r, s, line, *a: told.append("judge") or judge(r, s, line, *a))
+    run.train(config(rounds=4, eval_every=3))
+    assert told == ["send 1", "send 2", "read 1", "send 3", "read 2", "read 3", "judge", "send 4", "read 4", "judge"]
+
+
 @pytest.mark.parametrize(("first", "stopped_at"), [(4, None), (4, 3), (5, 3), (4, 4)])
 def test_a_longer_run_goes_on_and_equals_an_uninterrupted_one(first, stopped_at, tmp_path, monkeypatch):
     """From its end, from its middle, or from where it was stopped after it was lengthened already."""
@@ -417,7 +428,7 @@ def test_a_signal_while_rankers_are_judged_leaves_only_these_to_the_next_start(t
         summary = run.train(config(rounds=2), tmp_path / "parts", data=data())
     assert summary["status"] == run.STOPPED and checkpointed(tmp_path / "parts") == 2
     assert not (tmp_path / "parts" / "summary.json").exists()
-    monkeypatch.setattr(run, "_one_round", None)
+    monkeypatch.setattr(run, "_send_round", None)
     assert run.train(config(rounds=2), tmp_path / "parts", data=data())["status"] == "done"
     assert_same_results(tmp_path / "whole", tmp_path / "parts")
 
