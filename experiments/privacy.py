@@ -32,7 +32,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from fedjax_rec import compare, load_run, run
-from fedjax_rec.item_sources import Catalogue
+from fedjax_rec.item_sources import catalogue_of
 from fedjax_rec.item_sources.cold import side_by_side
 from fedjax_rec.methods import METHODS
 from fedjax_rec.privacy import accounting, attacks, mechanisms
@@ -307,8 +307,7 @@ def inversions() -> str:
         ready = held.experiment
         warm = np.asarray(ready.split.candidates["train"], bool)
         cold = np.flatnonzero(~warm)
-        values = {modality: feature.values for modality, feature in ready.features.items()}
-        features = side_by_side(Catalogue(values, warm), name)[cold]
+        features = side_by_side(catalogue_of(ready.features, warm), name)[cold]
         made = attacks.generated(ready.method, ready.key, held.state.server, cold, FLAGS.draws)
         found = attacks.inversion(ready.key, made[0], jax.numpy.asarray(features), steps=FLAGS.attack_steps)
         share = f"{attacks.noise_share(made):.3f}"

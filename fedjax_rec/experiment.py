@@ -20,7 +20,7 @@ from fedjax_rec.data.features import Features
 from fedjax_rec.data.interactions import Filters, Interactions
 from fedjax_rec.data.splits import Split
 from fedjax_rec.evaluate import Evaluator, make_evaluator
-from fedjax_rec.item_sources import Catalogue
+from fedjax_rec.item_sources import catalogue_of
 from fedjax_rec.item_sources.views import ID
 from fedjax_rec.method import Method
 from fedjax_rec.methods import METHODS, assemble, check_name, make_config
@@ -304,7 +304,7 @@ def prepare(config: RunConfig, data: tuple | None = None) -> Experiment:
             )
     settings = make_config(config.method, {**forced, **config.settings})
     warm = None if split.candidates is None else np.asarray(split.candidates["train"], bool)
-    catalogue = Catalogue({name: feature.values for name, feature in features.items()}, warm)
+    catalogue = catalogue_of(features, warm)
     method = assemble(config.method, settings, split.num_users, split.num_items, catalogue)
     if config.mechanism:
         method = mechanisms.private(method, config.mechanism, split.num_users)

@@ -77,15 +77,19 @@ def unit_rows(values: np.ndarray) -> np.ndarray:
 
 
 def stacked_features(features: Mapping[str, Features], common: np.ndarray | None = None) -> Float[Array, "items feat"]:
-    """All modalities side by side, each row of each modality scaled to length 1.
+    """All modalities side by side, each row of each modality scaled to length 1; 0 where an item has none.
 
     Args:
-        common: bool [items]; the mean row of these is taken from all, and what is left scaled again.
+        common: bool [items]; the mean row of those of these that are present is taken from all, and what is left scaled
+            again.
     """
     parts = []
     for feature in features.values():
-        rows = unit_rows(feature.values)
-        parts.append(rows if common is None else unit_rows(rows - rows[common].mean(0)))
+        present = feature.present[:, None]
+        rows = np.where(present, unit_rows(feature.values), 0.0)
+        if common is not None and (common & feature.present).any():
+            rows = np.where(present, unit_rows(rows - rows[common & feature.present].mean(0)), 0.0)
+        parts.append(rows)
     return jnp.asarray(np.concatenate(parts, axis=1), jnp.float32)
 
 

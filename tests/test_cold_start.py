@@ -12,11 +12,13 @@ import pytest
 
 from fedjax_rec import methods, run
 from fedjax_rec.data import clients, splits, synthetic
+from fedjax_rec.data.features import Features, align
 from fedjax_rec.evaluate import catalogue_data
-from fedjax_rec.item_sources import Catalogue
+from fedjax_rec.item_sources import Catalogue, catalogue_of, features_of
 from fedjax_rec.item_sources.cold import conditions, nearest_warm, neighbour_means, ridge_map, warm_and_cold
 from fedjax_rec.method import Aggregate, all_batches
 from fedjax_rec.methods import mdifffr
+from fedjax_rec.reference import stacked_features
 from fedjax_rec.rounds import client_key, make_engine, record_at, streams
 
 USERS, ITEMS, KEY = 12, 60, jax.random.key(2)
@@ -255,6 +257,47 @@ def test_nearest_warm_items_by_cosine():
     # an item is no neighbour of its own; 0 and 4 point the same way
     places, _ = nearest_warm(content, np.array([0, 1, 4]), np.array([0, 4]), 1)
     assert places.tolist() == [[2], [0]]
+
+
+def some_missing(rng) -> dict[str, Features]:
+    """Text of all items, images of two thirds of them, joined as data sets are."""
+    ids = np.arange(ITEMS)
+    draw = lambda width: (rng.standard_normal((ITEMS, width)) + 3).astype(np.float32)
+    has = ids % 3 > 0
+    return {
+        "text": align(draw(5), ids, ids, source="text"),
+        "image": align(draw(4), ids, ids, source="image", present=has),
+    }
+
+
+@pytest.mark.parametrize("read", ["cold", "graph", "centred", "profile"])
+def test_items_without_features_of_a_modality_are_not_alike_for_that(read):
+    """Two items without images are as near as their texts are; the mean that stands for an image is no direction."""
+    made, warm = some_missing(np.random.default_rng(0)), np.arange(ITEMS) < 40
+    catalogue = catalogue_of(made, warm)
+    missing = np.flatnonzero(~made["image"].present)
+    if read == "cold":
+        content = conditions(catalogue, "x", 0)
+        np.testing.assert_allclose(content[missing][:, :4], 0, atol=1e-6)  # image before text
+        assert (np.abs(content[missing][:, 4:]) > 1e-3).any(1).all()
+        places, _ = nearest_warm(content, np.flatnonzero(warm), missing, 5)
+        assert np.isin(places, missing).mean() < 0.8
+    elif read == "graph":
+        image = features_of(catalogue, "x", centre=True)["image"]
+        assert not image[missing].any() and image[made["image"].present].any(1).all()
+        np.testing.assert_allclose(image[warm & made["image"].present].mean(0), 0, atol=1e-6)
+    else:
+        content = stacked_features(made, warm if read == "centred" else None)
+        of_image = np.asarray(content[:, 5:])  # in the order given: text before image
+        assert not of_image[missing].any()
+        np.testing.assert_allclose(np.linalg.norm(of_image[made["image"].present], axis=1), 1, atol=1e-6)
+
+
+def test_the_mean_of_a_modality_that_no_warm_item_has_is_that_of_all():
+    values, present = np.ones((4, 2), np.float32) * np.arange(4)[:, None], np.array([False, False, True, True])
+    catalogue = Catalogue({"text": values}, ~present, {"text": present})
+    np.testing.assert_array_equal(features_of(catalogue, "x", centre=True)["text"][:, 0], [0, 0, -0.5, 0.5])
+    assert np.isfinite(conditions(catalogue, "x", 0)).all()
 
 
 def test_neighbour_means_of_several_sizes_stand_side_by_side():

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fedjax_rec.central.pairwise import PairConfig
 from fedjax_rec.item_sources import Catalogue, features_of
-from fedjax_rec.item_sources.cold import largest
+from fedjax_rec.item_sources.cold import directions, largest
 from fedjax_rec.roles import masked_mean
 from fedjax_rec.types import Params, PRNGKey
 from fedjax_rec.validate import positive
@@ -109,17 +109,14 @@ def knn_graph(
     S_ij is the cosine (without `weighted` 1) where it is positive, S_ii = 1, D the sums of the rows. Of items that
     training may not touch, each is read by itself alone: they have nothing that was learned to pass on.
     """
-    features = np.asarray(features)
-    length = np.linalg.norm(features, axis=1, keepdims=True)
-    # a row that is rounding about 0 beside the others has no direction
-    directions = np.where(length > 1e-6 * length.max(), features / np.maximum(length, 1e-30), 0.0).astype(np.float32)
-    items = len(directions)
+    pointing = directions(np.asarray(features))
+    items = len(pointing)
     closed = np.zeros(items, bool) if warm is None else ~np.asarray(warm)
     k = min(k, items - int(closed.sum()))
     nearest, edge = np.zeros((items, k), np.int32), np.zeros((items, k), np.float32)
     for start in range(0, items, 512):  # a block of similarities at a time
         block = np.arange(start, min(start + 512, items))
-        similar = np.where(closed, -np.inf, directions[block] @ directions.T)
+        similar = np.where(closed, -np.inf, pointing[block] @ pointing.T)
         similar[np.arange(len(block)), block] = np.inf
         nearest[block] = largest(similar, k)
         cosine = np.clip(np.take_along_axis(similar, nearest[block], 1), 0.0, 1.0)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
+
+from fedjax_rec.data.features import Features
 
 
 class Catalogue(NamedTuple):
@@ -15,14 +18,24 @@ class Catalogue(NamedTuple):
     Attributes:
         features: modality -> [items, feat].
         warm: bool [items], items that training may touch; None where all are.
+        present: modality -> bool [items], items whose row is their own and not the mean of the others; one that is not
+            named has all.
     """
 
     features: Mapping[str, Float[np.ndarray, "items _"]]
     warm: Bool[np.ndarray, "items"] | None = None
+    present: Mapping[str, Bool[np.ndarray, "items"]] = MappingProxyType({})
 
 
-def need_features(catalogue: Catalogue, who: str) -> None:
-    """That there are features.
+def catalogue_of(features: Mapping[str, Features], warm: Bool[np.ndarray, "items"] | None) -> Catalogue:
+    """The catalogue of a data set's features."""
+    values = {name: feature.values for name, feature in features.items()}
+    return Catalogue(values, warm, {name: feature.present for name, feature in features.items()})
+
+
+def features_of(catalogue: Catalogue, who: str, *, centre: bool) -> dict[str, Float[np.ndarray, "items _"]]:
+    """Every modality's features, float32; with `centre` less their mean over the items that training may touch. Rows
+    that are not present are that mean then, exactly: what is left of another mean would be a direction of their own.
 
     Args:
         who: the method and what it does with them, for the message.
@@ -35,15 +48,19 @@ def need_features(catalogue: Catalogue, who: str) -> None:
             f"{who} item features and the data set has none: give some as --features=image=FILE.npz (README, Item "
             "features), or choose another --dataset or an ID-based --method"
         )
+    found = {}
+    for name in sorted(catalogue.features):
+        values = found[name] = np.asarray(catalogue.features[name], np.float32)
+        if centre:
+            present, known = own_rows(catalogue, name)
+            found[name] = np.where(present[:, None], values - values[known].mean(0), np.float32(0.0))
+    return found
 
 
-def features_of(catalogue: Catalogue, who: str, *, centre: bool) -> dict[str, Float[np.ndarray, "items _"]]:
-    """Every modality's features, float32; with `centre` less their mean over the items that training may touch.
-
-    Raises:
-        ValueError: there are none.
-    """
-    need_features(catalogue, who)
-    warm = slice(None) if catalogue.warm is None else catalogue.warm
-    found = {name: np.asarray(catalogue.features[name], np.float32) for name in sorted(catalogue.features)}
-    return {name: values - values[warm].mean(0) if centre else values for name, values in found.items()}
+def own_rows(catalogue: Catalogue, modality: str) -> tuple[Bool[np.ndarray, "items"], Bool[np.ndarray, "items"]]:
+    """The items that have features of their own, and those of them that training may touch (or all, if it may touch
+    none of them)."""
+    items = len(catalogue.features[modality])
+    present = np.asarray(catalogue.present.get(modality, np.ones(items, bool)), bool)
+    known = present if catalogue.warm is None else present & np.asarray(catalogue.warm, bool)
+    return present, known if known.any() else present

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fedjax_rec.item_sources import Catalogue, need_features
+from fedjax_rec.item_sources import Catalogue, features_of, own_rows
 from fedjax_rec.method import Method, Server
 from fedjax_rec.types import PRNGKey, PyTree
 
@@ -88,15 +88,23 @@ def some_cold(catalogue: Catalogue, name: str, backbone: str) -> tuple[np.ndarra
 
 
 def side_by_side(catalogue: Catalogue, name: str) -> Float[np.ndarray, "items feat"]:
-    """All modalities, each row of each modality scaled to length 1.
+    """All modalities, each row of each modality scaled to length 1; one that is not present is the mean of those that
+    are and that training may touch.
 
     Raises:
         ValueError: without any features.
     """
-    need_features(catalogue, f"{name} makes rows from")
-    parts = [np.asarray(catalogue.features[modality], np.float32) for modality in sorted(catalogue.features)]
-    lengths = [np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12) for part in parts]
-    return np.concatenate([part / length for part, length in zip(parts, lengths, strict=True)], axis=1)
+    parts = []
+    for modality, values in features_of(catalogue, f"{name} makes rows from", centre=False).items():
+        unit = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
+        present, known = own_rows(catalogue, modality)
+        parts.append(np.where(present[:, None], unit, _mean(unit[known])))
+    return np.concatenate(parts, axis=1)
+
+
+def _mean(rows: Float[np.ndarray, "rows feat"]) -> Float[np.ndarray, "feat"]:
+    """The mean row to float32's last digit, so that taking it from a row that is the mean leaves rounding alone."""
+    return rows.mean(0, dtype=np.float64).astype(np.float32)
 
 
 def conditions(catalogue: Catalogue, name: str, width: int, *, whiten: bool = False) -> Float[np.ndarray, "items feat"]:
@@ -111,7 +119,7 @@ def conditions(catalogue: Catalogue, name: str, width: int, *, whiten: bool = Fa
     """
     warm, _ = warm_and_cold(catalogue) if catalogue.features else ((), ())
     values = side_by_side(catalogue, name)
-    values = values - values[warm].mean(0)
+    values = values - _mean(values[warm])
     if width or whiten:
         size, axes = np.linalg.eigh(values[warm].T @ values[warm] / len(warm))
         width = width or len(size)
@@ -136,14 +144,19 @@ def largest(values: Float[np.ndarray, "rows n"], k: int) -> np.ndarray:
     return np.stack([ids[np.argsort(-row[ids], kind="stable")[:k]] for ids, row in zip(found, values, strict=True)])
 
 
+def directions(rows: Float[np.ndarray, "items feat"]) -> Float[np.ndarray, "items feat"]:
+    """Each row scaled to length 1; one that is rounding about 0 beside the others has no direction and is 0."""
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.where(length > 1e-6 * length.max(), rows / np.maximum(length, 1e-30), 0.0).astype(np.float32)
+
+
 def nearest_warm(
     content: Float[np.ndarray, "items feat"], warm: np.ndarray, of: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(places among the warm items [of, k], weights [of, k]): the k warm items nearest to each of the items `of` by the
     cosine of their features, nearest first, itself left out, with weights proportional to it (equal where no cosine is
-    positive)."""
-    length = np.maximum(np.linalg.norm(content, axis=1, keepdims=True), 1e-12)
-    unit = content / length
+    positive, as for an item of which nothing is known)."""
+    unit = directions(content)
     k = min(k, len(warm) - int(np.isin(of, warm).any()))
     places, weights = np.zeros((len(of), k), np.int32), np.zeros((len(of), k), np.float32)
     of_warm = unit[warm].T
