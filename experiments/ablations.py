@@ -128,7 +128,8 @@ def plot(path: Path, group: str, runs: dict[str, compare.Runs]) -> None:
     for axis, (metric, of) in zip(axes, values.items(), strict=True):
         curve = group in CURVES
         names = [name for name in of if not curve or name != FULL]
-        mean, std = ([f(of[name]) for name in names] for f in (np.mean, np.std))
+        mean = [np.mean(of[name]) for name in names]
+        std = [np.std(of[name], ddof=1) if len(of[name]) > 1 else 0.0 for name in names]
         if not curve:
             axis.barh(names, mean, xerr=std, capsize=3)
             axis.set(xlabel=f"test {metric}")

@@ -165,7 +165,9 @@ def draw(workdirs: Sequence[Path]) -> None:
     out = Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     first = next(iter(tables.values()))
-    known = [name for name in first if name.startswith(("HR@", "NDCG@"))]
+    known = [name for name in first if name.startswith(("HR@", "NDCG@")) and all(name in of for of in tables.values())]
+    if not known:
+        raise UsageError("the runs have no cut-off in common: run them with the same --k, or plot them apart")
     users_plot(out / "users.png", first)
     loss_plot(out / "loss.png", workdirs)
     activity_plot(out / "activity.png", tables, known[-2:])

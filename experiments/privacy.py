@@ -178,6 +178,8 @@ def utility() -> str:
     """FedRKG by mechanism and epsilon."""
     runs = fedrkg_runs()
     plain = summary_of("fedrkg", runs["fedrkg"])
+    if not plain:
+        raise ValueError("FedRKG without noise diverged, and nothing can be read against it: lower --set=lr")
     rankers = plain["reference_rankers"]
     rows = [["none (clipped)", "0", "none", "none", *cells(plain["test"]), str(plain["best_round"])]]
     curves: dict[str, tuple[list, list]] = {}

@@ -185,7 +185,10 @@ def table(runs: dict[str, Runs]) -> str:
         cells += [str(len(said)), f"{np.mean([s['best_round'] for s in said]):.0f}"]
         cells += [_difference(runs, name, FLAGS.against, wide[1]) if name != FLAGS.against in runs else ""]
         lines.append("| " + " | ".join([name, *cells]) + " |")
-    for name, ranker in next(iter(runs.values())).summaries[0]["reference_rankers"].items():
+    rankers: dict[str, dict] = {}  # of the first run that has each: EASE draws no negatives for least_sampled
+    for one in runs.values():
+        rankers = one.summaries[0]["reference_rankers"] | rankers
+    for name, ranker in rankers.items():
         cells = [f"{ranker['test'][m]:.4f}" for m in names]
         cells += ["-" if ranker[part][m] is None else f"{ranker[part][m]:.4f}" for m in wide for part in parts]
         lines.append("| " + " | ".join([f"*{name}*", *cells, "", "", ""]) + " |")

@@ -325,14 +325,14 @@ def choose(folder: Path) -> None:
         if all("error" in line for line in best):
             print(f"{method} on {dataset}: no flagfile, every trial failed, the last with: {lines[-1]['error']}")
         else:
-            write_flags(dataset, method, best, len(trials))
+            write_flags(dataset, method, best, trials)
 
 
-def write_flags(dataset: str, method: str, best: list[dict[str, Any]], trials: int) -> None:
+def write_flags(dataset: str, method: str, best: list[dict[str, Any]], trials: dict[int, list[dict[str, Any]]]) -> None:
     protocol = {"patience": FLAGS.patience, **protocol_of(dataset, method)}
     protocol |= {name: best[0][name] for name in ("rounds", "patience") if name in best[0]}
-    start = best[0].get("start_from")
-    budget = f"{trials} settings, the first {start}'s, the others random" if start else f"{trials} random settings"
+    start = trials.get(0, [{}])[0].get("start_from")
+    budget = f"{len(trials)} settings, the first {start}'s" if start else f"{len(trials)} random settings"
     path = Path(FLAGS.flags_to) / recipe_name(dataset, method)
     scores = [line["score"] for line in best]
     spread = f"{min(scores):.3f} to {max(scores):.3f} over {len(best)} seeds" if len(best) > 1 else "one seed"
@@ -351,7 +351,20 @@ def write_flags(dataset: str, method: str, best: list[dict[str, Any]], trials: i
         *(f"--set={name}={value}" for name, value in best[0]["settings"].items()),
     ]
     path.write_text("\n".join(lines) + "\n")
-    print(f"{path}: validation {said}, best of {trials}")
+    print(f"{path}: validation {said}, best of {len(trials)}")
+
+
+def check_same_search(path: Path) -> None:
+    """That the trials of a file were made as these will be.
+
+    Raises:
+        UsageError: for other rounds, patience or start_from; names both.
+    """
+    for line in read_lines(path):
+        due = {"rounds": protocol_of(line["dataset"], line["method"])["rounds"], "patience": FLAGS.patience}
+        for name, value in {**due, "start_from": FLAGS.start_from}.items():
+            if line.get(name, value) != value:
+                raise app.UsageError(f"{path}: its trials have --{name}={line[name]}, not {value}; use another --out")
 
 
 def main(argv) -> None:
@@ -367,6 +380,7 @@ def main(argv) -> None:
     part, parts = map(int, FLAGS.shard.split("/"))
     data = {name: run.load_data(run.RunConfig(data_dir=FLAGS.data_dir, **protocol_of(name))) for name in FLAGS.datasets}
     path = folder / f"{part}.jsonl"
+    check_same_search(path)
     # a kill may have left the last line incomplete: it would be damaged by what comes after it
     write_lines(path, read_lines(path))
 

@@ -7,6 +7,7 @@ row. `interactions.from_frame` then validates, filters, de-duplicates and re-ind
 
 from __future__ import annotations
 
+import csv
 import difflib
 import functools
 import gzip
@@ -112,6 +113,8 @@ def _parsed(
             keep_default_na=False,
             na_values=[""],
             skip_blank_lines=False,
+            # tab-separated formats have no quoting: an id that begins with a quote would swallow what follows it
+            quoting=csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL,
             low_memory=False,
         )
     except pd.errors.ParserError as error:
@@ -189,7 +192,8 @@ def _feedback(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 
 def _number_ids(ids: pd.Series, path: Path) -> pd.Series:
-    """Ids as whole numbers if all of them are (12.0 is 12, but 012 is text), else the text that stands there.
+    """Ids as whole numbers if all of them are (12.0 is 12, but 012 is text), else the text that stands there, without
+    blanks around it.
 
     Raises:
         DataError: among whole numbers one is empty, negative, a fraction or nan.
@@ -201,7 +205,8 @@ def _number_ids(ids: pd.Series, path: Path) -> pd.Series:
     whole = text.str.fullmatch(rf"{_INTEGER}(\.0*)?").to_numpy(bool)
     broken = text.str.fullmatch(rf"{_INTEGER}\.\d+|[+-]?(nan|inf)", case=False).to_numpy(bool)
     if not (whole | broken).all():
-        return ids
+        known = text.where(text != "", np.nan).to_numpy(object)
+        return pd.Series(np.append(known, np.nan)[row], ids.index)
     usable = np.append(whole & ~text.str.startswith("-").to_numpy(bool), False)[row]
     if not usable.all():
         refuse(ids, str(path), ~usable, "a whole number >= 0")

@@ -226,6 +226,22 @@ def test_inter_path(tmp_path):
     assert sorted(load(write(tmp_path, "b.inter", rows.format("x"))).item_ids.tolist()) == ["5", "x"]
 
 
+def test_an_id_that_begins_with_a_quote_swallows_no_rows(tmp_path):
+    rows = "user_id:token\titem_id:token\ttimestamp:float\n" + "".join(
+        f"u{user}\t{item}\t{time}\n" for user in (1, 2) for time, item in enumerate(('"a', "b", '"c', "d"))
+    )
+    read = load(write(tmp_path, "a.inter", rows))
+    assert sorted(read.item_ids.tolist()) == ['"a', '"c', "b", "d"] and read.counts["rows"] == 8
+
+
+def test_blanks_around_ids_are_no_part_of_them(tmp_path):
+    rows = "user, item, timestamp\n" + "".join(f"u1, {item} , {t}\n" for t, item in enumerate("abcd"))
+    read = load(write(tmp_path, "a.csv", rows))
+    assert sorted(read.item_ids.tolist()) == ["a", "b", "c", "d"]
+    with pytest.raises(DataError, match="line 3"):
+        load(write(tmp_path, "b.csv", rows.replace(" b ", "  ")))
+
+
 def test_folder_with_amazon_reviews(tmp_path):
     write(tmp_path / "Toys", "Toys.json.gz", REVIEWS)
     write(tmp_path / "Toys", "meta_Toys.json.gz", "{}")
