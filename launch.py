@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -85,7 +86,7 @@ RUN_FLAGS = (
 """Flags that are fields of RunConfig as they stand."""
 JUDGED_BY = ("ranking", "eval_clients", "ndcg", "data_dir")
 """Those of them that --mode=evaluate takes."""
-TRAINED_BY = tuple(name for name in ("method", *RUN_FLAGS) if name not in (*JUDGED_BY, "checkpoint_every", "devices"))
+TRAINED_BY = tuple(name for name in ("method", *RUN_FLAGS) if name not in (*JUDGED_BY, "checkpoint_every"))
 """Flags that say what a finished run is, and so cannot be given anew to --mode=evaluate."""
 
 
@@ -105,7 +106,10 @@ def use_cores() -> None:
 
 def settings_from_flags() -> dict[str, str]:
     """--set=key=value and --backbone, not yet of the settings' types."""
-    return assignments(FLAGS.set, "set") | ({"backbone": FLAGS.backbone} if FLAGS.backbone else {})
+    given = assignments(FLAGS.set, "set")
+    if FLAGS.backbone and given.get("backbone", FLAGS.backbone) != FLAGS.backbone:
+        raise ValueError(f"--backbone={FLAGS.backbone} and --set=backbone={given['backbone']}: leave one of both out")
+    return given | ({"backbone": FLAGS.backbone} if FLAGS.backbone else {})
 
 
 def filters_from_flags() -> dict[str, float]:
@@ -141,7 +145,8 @@ def grid_from_flags() -> dict[str, str]:
 
 def check_mode() -> None:
     """That no flag of another mode was given: it would do nothing."""
-    for name, mode in {"grid": "search", "trials": "search", "seeds": "train"}.items():
+    of_mode = {"grid": "search", "trials": "search", "seeds": "train", "benchmark_rounds": "benchmark"}
+    for name, mode in of_mode.items():
         if FLAGS[name].present and FLAGS[name].value and FLAGS.mode != mode:
             raise ValueError(f"--{name} does nothing in --mode={FLAGS.mode}; give --mode={mode}, or leave it out")
 
@@ -173,6 +178,15 @@ def config_from_flags():
     )
 
 
+def may_have_moved(home: str) -> bool:
+    """Whether the data set of the run in a workdir is a file, and --dataset another place of one: what is in it is
+    compared when it is read."""
+    from fedjax_rec.data.readers import is_path
+    from fedjax_rec.run import config_of
+
+    return FLAGS["dataset"].present and is_path(FLAGS.dataset) and is_path(config_of(Path(home)).dataset)
+
+
 def check_same_run(home: str) -> None:
     """That flags which only training obeys say what the run in a workdir was trained with."""
     from fedjax_rec.experiment import filters_of
@@ -180,11 +194,18 @@ def check_same_run(home: str) -> None:
     from fedjax_rec.run import config_of
 
     held = config_of(Path(home))
-    said = [(f"--{name}", FLAGS[name].value, getattr(held, name)) for name in TRAINED_BY if FLAGS[name].present]
+    given = [name for name in TRAINED_BY if FLAGS[name].present]
+    if may_have_moved(home):
+        given.remove("dataset")
+    said = [(f"--{name}", FLAGS[name].value, getattr(held, name)) for name in given]
     settings, filters = settings_from_flags(), filters_from_flags()
     if settings:
-        had, asked = (make_config(held.method, {**held.settings, **given}) for given in ({}, settings))
-        said += [(f"--set {name}", getattr(asked, name), getattr(had, name)) for name in settings]
+        had = make_config(held.method, held.settings)
+        if settings.get("backbone", "") in ("", getattr(had, "backbone", "")):  # another one has no use for the others
+            asked = make_config(held.method, {**held.settings, **settings})
+            said += [(f"--set {name}", getattr(asked, name), getattr(had, name)) for name in settings]
+        else:
+            said.append(("--set backbone", settings["backbone"], getattr(had, "backbone", None)))
     said += [(f"--filter {name}", value, getattr(filters_of(held), name)) for name, value in filters.items()]
     for flag, value, trained in said:
         if value != trained:
@@ -280,6 +301,8 @@ def main(argv: list[str]) -> int:
         given = {name: FLAGS[name].value for name in JUDGED_BY if FLAGS[name].present}
         if FLAGS["k"].present:
             given["ks"] = cut_offs()
+        if may_have_moved(home):
+            given["dataset"] = FLAGS.dataset
         if FLAGS.features:
             given["features"] = features_from_flags()
         said = run.judge(home, **given)
@@ -293,6 +316,11 @@ def checked_main(argv: list[str]) -> int:
     """main, with bad usage, bad input and what the system refuses as one line on standard error."""
     try:
         return main(argv)
+    except KeyboardInterrupt:  # before the first round or between two runs; within one it is remembered
+        if FLAGS.workdir:
+            return again("stopped")
+        print("launch.py: stopped: nothing was saved; give --workdir to go on", file=sys.stderr)
+        return EXIT_LOST
     except (ValueError, FloatingPointError) as error:
         print(f"launch.py: {error}", file=sys.stderr)
         return EXIT_DIVERGED if isinstance(error, FloatingPointError) else EXIT_USAGE
@@ -312,6 +340,7 @@ def command_line() -> int:
     except flags.Error as error:
         print(f"launch.py: {error}; --help lists the flags", file=sys.stderr)
         return EXIT_USAGE
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     return checked_main(arguments)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import numbers
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +34,8 @@ from fedjax_rec.workdir import UsageError
 
 LARGEST_WEIGHT = 100  # of a client's step on a cohort's mean: at 1,000 the defaults of fedmf and pfedrec diverged
 EVAL_CLIENTS_SEED = 2**20
+Whole, Number = int | np.integer, float | np.floating  # what a caller may give; held as int and float
+Place = str | os.PathLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,34 +69,34 @@ class RunConfig:
 
     method: str = "fedmf"
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    dataset: str = "synthetic"
-    data_dir: str | None = None
-    features: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    dataset: Place = "synthetic"
+    data_dir: Place | None = None
+    features: Mapping[str, Place] = dataclasses.field(default_factory=dict)
     split: str = "leave_one_out"
-    split_seed: int = 0
+    split_seed: Whole = 0
     ties: str = "later_row"
     filters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     filmtrust_time: str = "item"
     protocol: str = "honest"
     ranking: str = "full"
-    rounds: int = 100
-    seed: int = 0
-    clients_per_round: int | float = 0
-    eval_every: int = 10
-    eval_clients: int = 0
-    ks: tuple[int, ...] = (10, 50)
+    rounds: Whole = 100
+    seed: Whole = 0
+    clients_per_round: Whole | Number = 0
+    eval_every: Whole = 10
+    eval_clients: Whole = 0
+    ks: Sequence[int] | np.ndarray = (10, 50)
     ndcg: str = "correct"
     select_metric: str = "NDCG@10"
-    patience: int = 0
-    checkpoint_every: int = 100
-    block_size: int = 0
-    max_buckets: int = clients_module.MAX_BUCKETS
-    devices: int = 0
+    patience: Whole = 0
+    checkpoint_every: Whole = 100
+    block_size: Whole = 0
+    max_buckets: Whole = clients_module.MAX_BUCKETS
+    devices: Whole = 0
     dp_mechanism: str = "none"
-    dp_clip: float = 0.0
-    dp_noise: float = 0.0
+    dp_clip: Number = 0.0
+    dp_noise: Number = 0.0
     dp_rows: str = "all"
-    dp_delta: float = 1e-5
+    dp_delta: Number = 1e-5
 
     def __post_init__(self):
         check_name(self.method)
@@ -111,6 +114,7 @@ class RunConfig:
             _number("ks", k, numbers.Integral, "whole numbers")
         for name in ("clients_per_round", "dp_clip", "dp_noise", "dp_delta"):
             _number(name, getattr(self, name), numbers.Real, "a finite number")
+        self._in_plain_types()
         for name in ("rounds", "eval_every", "max_buckets"):
             positive(name, getattr(self, name))
         for name in ("clients_per_round", "eval_clients", "patience", "checkpoint_every", "block_size", "devices"):
@@ -147,6 +151,20 @@ class RunConfig:
     def judged(self) -> tuple[tuple[int, ...], str]:
         """What metrics.per_client wants beside the ranks."""
         return tuple(self.ks), self.ndcg
+
+    def _in_plain_types(self) -> None:
+        """Paths as text and NumPy's numbers as Python's: config.json holds the configuration."""
+        plain = {"ks": tuple(map(int, self.ks)), "dataset": os.fspath(self.dataset)}
+        if self.data_dir is not None:
+            plain["data_dir"] = os.fspath(self.data_dir)
+        plain["features"] = {name: os.fspath(path) for name, path in self.features.items()}
+        scalar = lambda value: value.item() if isinstance(value, np.generic) else value
+        plain["settings"] = {name: scalar(value) for name, value in self.settings.items()}
+        for field in dataclasses.fields(self):
+            if isinstance(value := getattr(self, field.name), np.generic):
+                plain[field.name] = value.item()
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     @property
     def mechanism(self) -> mechanisms.Mechanism | None:
@@ -304,6 +322,11 @@ def prepare(config: RunConfig, data: tuple | None = None) -> Experiment:
             )
     settings = make_config(config.method, {**forced, **config.settings})
     warm = None if split.candidates is None else np.asarray(split.candidates["train"], bool)
+    if METHODS[config.method].everybody and cohort_size(config.clients_per_round, split.num_users) < split.num_users:
+        raise UsageError(
+            f"--clients_per_round={config.clients_per_round}: {config.method} knows the histories of a round's clients "
+            "alone, and wants all of them in every round; leave it out"
+        )
     catalogue = catalogue_of(features, warm)
     method = assemble(config.method, settings, split.num_users, split.num_items, catalogue)
     if config.mechanism:

@@ -131,9 +131,10 @@ def load_run(
         try:
             interactions, split, own = load_data(there)
         except DataError as error:
+            where = "data_dir or features, or " if not readers.is_path(config.dataset) else ""
             raise UsageError(
-                f"{folder}: its data cannot be read again ({error}); give data_dir or features, or the data "
-                "themselves: load_run(workdir, interactions, split)"
+                f"{folder}: its data cannot be read again ({error}); give {where}the data themselves: "
+                "load_run(workdir, interactions, split)"
             ) from None
         data = interactions, split, {**own, **(features or {})}
     missing = sorted(set(config.features) - set(data[2]))
@@ -316,12 +317,19 @@ class Run:
             rounds: local updates to run (default: as many as the run had rounds).
 
         Raises:
-            UsageError: no item, or one that the catalogue does not have.
+            UsageError: no item, or one that the catalogue does not have; a method whose users' vectors the server
+                trains.
         """
         whole_number("rounds", self.round if rounds is None else rounds)
         if isinstance(items, str) or not isinstance(items, Iterable):  # a string is a sequence too, of letters
             raise UsageError(f"items {items!r}: expected a list of item ids, like [{items!r}]")
         index = _index_of("item", list(items), self._item_index)
+        config, mail = self.experiment.config, self.state.mail
+        if isinstance(mail, dict) and "user" in mail:
+            raise UsageError(
+                f"fold_in: the server trains the users' vectors of {config.method}, and a new client's own training "
+                "makes none; train again with this user's items"
+            )
         return folding.fold_in(self, np.unique(index), self.round if rounds is None else rounds)
 
     @functools.cached_property

@@ -161,20 +161,23 @@ def train_state(
                 sent.append((done, info))
                 judges = done % config.eval_every == 0 or done == config.rounds
                 saves = held is not None and config.checkpoint_every and done % config.checkpoint_every == 0
-                stopping = stop.received
                 # one round stays on its way while the next is sent off, so that a device need not wait for the host
-                while len(sent) > (0 if judges or saves or stopping else 1):
+                while len(sent) > (0 if judges or saves else 1):
                     line = _read_round(*sent.popleft(), clock)
                     if judges and not sent:
                         best = _judge_round(ready, state, line, best, clock)
                     log.append(line)
                     _show(bar, line, config)
-                if stopping:
+                if stop.received:
                     break
                 if saves:
                     _save(held, done, state, best)
                     saved = done
                     clock.read()  # no round's time
+            while sent:  # on its way when the signal came
+                line = _read_round(*sent.popleft(), clock)
+                log.append(line)
+                _show(bar, line, config)
             finished = _finished(config, best, done)
             if held is not None and saved != done:
                 _save(held, done, state, best)

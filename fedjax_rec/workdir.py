@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fedjax_rec.data import readers
 from fedjax_rec.methods import METHODS, make_config
 
 IMMATERIAL = frozenset({"data_dir", "features", "checkpoint_every"})
@@ -85,6 +86,9 @@ def differences(
     for name in ("data_hash", "content_hash"):  # where one is missing, an earlier version told nothing of its data
         if name not in a or name not in b:
             immaterial = immaterial | {name}
+    same_data = "data_hash" in a and a["data_hash"] == b.get("data_hash")
+    if same_data and all(readers.is_path(config["dataset"]) for config in (a, b)):  # a file that has moved
+        immaterial = immaterial | {"dataset"}
     a, b = (flat(json.loads(json.dumps(with_defaults(config)))) for config in (a, b))  # with lists for tuples
     return [
         f"{name}: {a.get(name)!r} {of_a}, {b.get(name)!r} {of_b}"

@@ -11,7 +11,7 @@ from fedjax_rec import aggregate, methods
 from fedjax_rec.backbones.fused import fused_backbone
 from fedjax_rec.item_sources import Catalogue, views
 from fedjax_rec.method import Aggregate, Batch, Listed, LocalData, batch_at
-from fedjax_rec.methods import fusion_client
+from fedjax_rec.methods import fusion, fusion_client
 from fedjax_rec.privacy import mechanisms
 
 USERS, ITEMS = 5, 30
@@ -230,6 +230,8 @@ def test_an_ablation_of_features_that_are_not_there_is_refused():
     methods.build("fedvlr", USERS, ITEMS, text, text="drop")
     with pytest.raises(ValueError, match="visual=random: the data set has no such features, only text"):
         methods.build("fedvlr", USERS, ITEMS, text, visual="random")
+    named = Catalogue({"visual": text.features["text"]})  # as the setting is
+    assert not fusion.ablated_features(methods.make_config("fedvlr", {"visual": "drop"}), named)["visual"].any()
 
 
 def close(x, y):
@@ -285,6 +287,13 @@ def by_autodiff(config, backbone, params, data):
     return private, total
 
 
+OF_BACKBONE = {
+    **dict.fromkeys(("fedavg", "fcf"), {"user_init_std": 0.5}),
+    "fedrap": {"own_lr_scale": 2.0, "own_init_std": 0.3},
+    "pfedrec": {},
+}
+
+
 @pytest.mark.parametrize("operators", [("sum", "mlp", "gate"), ("mlp",)])
 @pytest.mark.parametrize(
     ("backbone", "loss"), [("fedavg", "pointwise"), ("fcf", "bpr"), ("pfedrec", "pointwise"), ("fedrap", "pointwise")]
@@ -292,10 +301,9 @@ def by_autodiff(config, backbone, params, data):
 @pytest.mark.parametrize("rows", [12, 90])
 def test_local_training_is_algorithm_1_by_automatic_differentiation(backbone, loss, operators, rows):
     """With few rows linear models walk through all of them, with many through each batch's."""
-    settings = {"dim": 4, "id_dim": 6, "lr": 0.7, "router_lr_scale": 0.6, "temperature": 0.8, "user_init_std": 0.5}
+    settings = {"dim": 4, "id_dim": 6, "lr": 0.7, "router_lr_scale": 0.6, "temperature": 0.8, **OF_BACKBONE[backbone]}
     method = methods.build(
-        "fedvlr", USERS, rows, catalogue(rows, 7),
-        **settings, backbone=backbone, loss=loss, operators=operators, own_lr_scale=2.0, own_init_std=0.3,
+        "fedvlr", USERS, rows, catalogue(rows, 7), **settings, backbone=backbone, loss=loss, operators=operators
     )  # fmt: skip
     shared = method.publish(jax.random.key(0), method.init_server(jax.random.key(1)))
     rng = np.random.default_rng(5)
@@ -313,7 +321,9 @@ def test_local_training_is_algorithm_1_by_automatic_differentiation(backbone, lo
 def test_copies_of_what_is_shared_step_after_pfedrecs_head(backbone):
     """As PFedRec's table does; over FedAvg all step from one point."""
     settings = {"dim": 4, "id_dim": 2, "lr": 0.7, "item_lr_scale": 0.3, "fusion_lr_scale": 0.5}
-    method = methods.build("fedvbpr", USERS, 12, catalogue(12, 7), backbone=backbone, **settings, user_init_std=0.5)
+    method = methods.build(
+        "fedvbpr", USERS, 12, catalogue(12, 7), backbone=backbone, **settings, **OF_BACKBONE[backbone]
+    )
     shared = method.publish(jax.random.key(0), method.init_server(jax.random.key(1)))
     params = {**shared, **method.init_client(jax.random.key(2), shared)}
     data = sample_data(np.random.default_rng(5), 12, 10, 1)

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,15 @@ BAD = {
     "a setting searched twice": (
         ["--mode=search", "--grid=lr=1,2", "--grid=lr=3", "--workdir=nowhere"],
         "--grid lr=1,2 --grid lr=3: expected each setting once",
+    ),
+    "two backbones": (
+        ["--method=fedrkg", "--backbone=fedmf", "--set=backbone=pfedrec"],
+        "--backbone=fedmf and --set=backbone=pfedrec: leave one of both out",
+    ),
+    "timed rounds of a run": (["--benchmark_rounds=5"], "--benchmark_rounds does nothing in --mode=train"),
+    "a cohort of a graph": (
+        ["--method=bm3", "--clients_per_round=0.5", *TINY],
+        "--clients_per_round=0.5: bm3 knows the histories of a round's clients alone",
     ),
     "grid without values": (["--mode=search", "--workdir=nowhere", "--grid=lr"], "--grid=lr: expected key=value"),
     "grid of another setting": (["--mode=search", "--workdir=nowhere", "--grid=lrr=1"], "did you mean lr?"),
@@ -331,6 +341,34 @@ def test_a_workdir_that_cannot_be_written_still_shows_its_evaluation(typed, fold
     code, output, error = typed("--mode=evaluate")
     assert code == 2 and error.count("\n") == 1 and "evaluation.json.part: Is a directory" in error
     assert "popularity" in output
+
+
+def test_a_file_that_has_moved_is_evaluated_and_trained_on_where_it_is(launch, typed, folder, tmp_path):
+    place, moved, home = tmp_path / "a.csv", tmp_path / "b.csv", f"--workdir={tmp_path / 'run'}"
+    shutil.copy(folder / "tiny.csv", place)
+    command = [f"--dataset={place}", *TINY, *QUICK, home]
+    assert typed(*command)[0] == 0
+    place.rename(moved)
+    code, _, error = typed("--mode=evaluate", home, f"--dataset={moved}")
+    assert code == 0, error
+    launch.FLAGS["mode"].unparse()
+    code, _, error = typed(f"--dataset={moved}", *TINY, *QUICK, home, "--rounds=6")
+    assert code == 0 and json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 6, error
+    moved.write_text(moved.read_text() + "999,1,5\n999,2,6\n999,3,7\n")
+    code, _, error = typed("--mode=evaluate", home, f"--dataset={moved}")
+    assert code == 2 and "are not those the run was trained on" in error
+
+
+def test_a_signal_before_the_first_round_is_one_line(launch, typed, folder, tmp_path, monkeypatch):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "train", interrupted)
+    code, _, error = typed(f"--workdir={tmp_path}")
+    assert (code, error) == (75, "stopped: start again to go on\n")
+    launch.FLAGS["workdir"].unparse()
+    code, _, error = typed()
+    assert code == 1 and "stopped: nothing was saved; give --workdir to go on" in error
 
 
 def test_data_and_features_that_have_moved_are_evaluated_where_they_are(launch, typed, tmp_path):

@@ -280,6 +280,8 @@ def test_user_vectors_of_server_trained_models_are_exported():
         run.recommend(["a"])
     with pytest.raises(UsageError, match="items 5: expected a list"):
         run.fold_in(5)
+    with pytest.raises(UsageError, match="the server trains the users' vectors of mf"):
+        run.fold_in(run.experiment.interactions.item_ids[:3])
 
 
 def test_cold_items_recommends_test_items_only(feedback):

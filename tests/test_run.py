@@ -25,7 +25,7 @@ from fedjax_rec.evaluate import Ranks
 from fedjax_rec.methods import METHODS
 from fedjax_rec.protocols import HONEST, PUBLISHED
 from fedjax_rec.rounds import Engine, make_engine
-from fedjax_rec.run import RunConfig
+from fedjax_rec.run import RunConfig, cohort_size
 from fedjax_rec.workdir import UsageError, strict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,6 +165,36 @@ def test_stopped_and_started_again_equals_uninterrupted(case, tmp_path, monkeypa
         run.train(chosen, tmp_path / "parts")
     assert run.train(chosen, tmp_path / "parts")["status"] == "done"
     assert_same_results(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_configuration_holds_what_can_be_recorded(tmp_path):
+    """Paths and NumPy's numbers, as loops over np.arange and pathlib give them."""
+    given = RunConfig(
+        seed=np.int64(1), rounds=np.int32(3), ks=np.array([5, 10]), select_metric="NDCG@5", data_dir=tmp_path,
+        clients_per_round=np.float32(0.25), dataset=tmp_path / "a.csv", features={"image": tmp_path / "a.npz"},
+        settings={"lr": np.float32(0.5)},
+    )  # fmt: skip
+    plain = dataclasses.replace(
+        given, dataset=str(tmp_path / "a.csv"), data_dir=str(tmp_path), features={"image": str(tmp_path / "a.npz")}
+    )
+    assert given == plain and json.loads(json.dumps(given.recorded()))["ks"] == [5, 10]
+    assert cohort_size(RunConfig(clients_per_round=np.int64(1)).clients_per_round, 8) == 1
+    assert cohort_size(RunConfig(clients_per_round=np.float64(1)).clients_per_round, 8) == 8
+
+
+@pytest.mark.usefixtures("no_references")
+def test_a_signal_costs_the_round_on_its_way_alone(tmp_path, monkeypatch):
+    """It comes while round 3 is read, when round 4 is on its way already."""
+    read = run._read_round
+
+    def told(done, *rest):
+        if done == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return read(done, *rest)
+
+    monkeypatch.setattr(run, "_read_round", told)
+    summary = run.train(config(rounds=9, eval_every=100, select_metric="NDCG@5"), tmp_path)
+    assert (summary["status"], checkpointed(tmp_path), rounds_logged(tmp_path)) == (run.STOPPED, 4, [1, 2, 3, 4])
 
 
 @pytest.mark.usefixtures("no_references")

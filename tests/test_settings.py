@@ -18,6 +18,24 @@ def test_settings_without_effect_are_refused():
 
 
 @pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("plgc", {"backbone": "pfedrec", "user_init_std": 0.1}),
+        ("fedrkg", {"backbone": "fedmf", "layers": (8, 4)}),
+        ("mdifffr", {"backbone": "pfedrec", "branches": "mlp"}),
+        ("fedvlr", {"backbone": "fcf", "independence": 0.1}),
+        ("fedvlr", {"backbone": "fedrap", "network_lr_scale": 2.0}),
+        ("fedvlr", {"backbone": "pfedrec", "user_init_std": 0.1}),
+    ],
+    ids=str,
+)
+def test_settings_of_another_backbone_are_refused(method, settings):
+    name = next(name for name in settings if name != "backbone")
+    with pytest.raises(ValueError, match=rf"{name}=.*: has no effect on backbone={settings['backbone']}"):
+        methods.make_config(method, settings)
+
+
+@pytest.mark.parametrize(
     ("method", "setting", "message"),
     [
         ("fedmf", {"dim": 32.5}, "dim=32.5: expected an integer"),

@@ -495,6 +495,11 @@ PATH_READERS: Mapping[str, Reader] = {
 }
 
 
+def is_path(dataset: str) -> bool:
+    """Whether a data set is given by its place, not its name."""
+    return dataset != "synthetic" and dataset not in DATASETS
+
+
 def load(
     name_or_path: str | os.PathLike,
     data_dir: str | os.PathLike | None = None,

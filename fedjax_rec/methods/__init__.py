@@ -35,12 +35,14 @@ from fedjax_rec.validate import nearest, one_of
 class Entry(NamedTuple):
     """build: (config, num_users, num_items, name[, catalogue]) -> Method; config: its settings with their defaults;
     reads_items: whether it takes the catalogue's features; central: whether the server sees histories (no federated
-    method); presets: defaults by the value of its setting `preset`."""
+    method); everybody: whether all clients must be in every round; presets: defaults by the value of its setting
+    `preset`."""
 
     build: Callable[..., Method]
     config: LocalConfig
     reads_items: bool = False
     central: bool = False
+    everybody: bool = False
     presets: Mapping[str, LocalConfig] = types.MappingProxyType({})
 
 
@@ -57,11 +59,11 @@ METHODS: dict[str, Entry] = {
     "cofedrec": Entry(cofedrec.cofedrec, cofedrec.Config(), presets=cofedrec.PRESETS),
     "mf": Entry(pointwise.mf, pointwise.Config(), central=True),
     "neumf": Entry(pointwise.neumf, pointwise.NeuMFConfig(), central=True),
-    "ease": Entry(ease.ease, ease.Config(), central=True),
+    "ease": Entry(ease.ease, ease.Config(), central=True, everybody=True),
     "vbpr": Entry(vbpr.vbpr, vbpr.Config(), reads_items=True, central=True),
-    "bm3": Entry(bm3.bm3, bm3.Config(), reads_items=True, central=True),
-    "mgcn": Entry(mgcn.mgcn, mgcn.Config(), reads_items=True, central=True),
-    "pgl": Entry(pgl.pgl, pgl.Config(), reads_items=True, central=True),
+    "bm3": Entry(bm3.bm3, bm3.Config(), reads_items=True, central=True, everybody=True),
+    "mgcn": Entry(mgcn.mgcn, mgcn.Config(), reads_items=True, central=True, everybody=True),
+    "pgl": Entry(pgl.pgl, pgl.Config(), reads_items=True, central=True, everybody=True),
     "heater": Entry(heater.heater, heater.Config(), reads_items=True, central=True),
     "gar": Entry(gar.gar, gar.Config(), reads_items=True, central=True),
     "aldi": Entry(aldi.aldi, aldi.Config(), reads_items=True, central=True),

@@ -56,6 +56,7 @@ from fedjax_rec.backbones.linear import linear_head
 from fedjax_rec.backbones.mf import matrix_factorisation
 from fedjax_rec.backbones.ncf import neural_cf
 from fedjax_rec.method import Exchange, Method, Server
+from fedjax_rec.methods.over import no_other_backbones_settings
 from fedjax_rec.roles import (
     Loss,
     binary_cross_entropy,
@@ -95,7 +96,7 @@ class Config(LocalConfig):
     preset: `paper` or `released`: the defaults of the other settings, see PRESETS.
     rate_by_items: the table's rate is lr * item_lr_scale * items, not clients, as in the released code.
     user_model: fedmf's user is a `vector`, or a `linear` layer with its usual start, as in the released code.
-    user_bias, user_init_std: of fedmf; layers, branches, network_lr_scale: of fedncf.
+    user_bias: of fedmf; user_init_std: of fedmf and fedncf; layers, branches, network_lr_scale: of fedncf.
     weighting: of the shared network; P_g is the plain mean.
     Others: see LocalConfig.
     """
@@ -146,6 +147,7 @@ class Config(LocalConfig):
                     f"step_noise={self.step_noise:g}: expected clip_norm > 0, the bound on gradients that the noise "
                     "is to hide; set clip_norm"
                 )
+        no_other_backbones_settings(self)
 
 
 PRESETS = {

@@ -36,6 +36,7 @@ from fedjax_rec.item_sources import Catalogue, features_of, views
 from fedjax_rec.item_sources.views import ID
 from fedjax_rec.method import Method, Server
 from fedjax_rec.methods.fusion_client import LOSSES, ClientSide, history_mean
+from fedjax_rec.methods.over import no_other_backbones_settings
 from fedjax_rec.roles import by_role
 from fedjax_rec.sharing import SERVER_OPTIMIZERS, LocalConfig, item_table, step_by_change
 from fedjax_rec.validate import one_of, positive, widths
@@ -155,6 +156,7 @@ class Config(LocalConfig):
             )
         if self.operators == ("vbpr",) and self.id_dim != self.dim // 2:
             raise ValueError(f"id_dim={self.id_dim}: fedvbpr's ID vectors are half as wide as dim={self.dim}")
+        no_other_backbones_settings(self)
 
 
 PRESETS = {
@@ -163,7 +165,8 @@ PRESETS = {
     "mlp_fusion": Config(operators=("mlp",)),
     "fedvbpr": Config(operators=("vbpr",), id_dim=32, update="parameters"),
 }
-MODALITY_OF = {"image": "visual", "text": "text"}  # the setting that keeps, drops or randomises a modality
+MODALITY_OF = {"image": "visual", "visual": "visual", "text": "text"}
+"""The setting that keeps, drops or randomises a modality."""
 
 
 def ablated_features(config: Config, catalogue: Catalogue) -> dict[str, np.ndarray]:
@@ -175,7 +178,7 @@ def ablated_features(config: Config, catalogue: Catalogue) -> dict[str, np.ndarr
     rng = np.random.default_rng(0)
     found = features_of(catalogue, "this method fuses", centre=config.centre)
     there = {MODALITY_OF.get(name) for name in found}
-    for name in MODALITY_OF.values():
+    for name in ("visual", "text"):
         if getattr(config, name) != "keep" and name not in there:
             raise ValueError(
                 f"{name}={getattr(config, name)}: the data set has no such features, only {', '.join(found)}; leave it "

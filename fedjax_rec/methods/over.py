@@ -15,6 +15,21 @@ BACKBONES = {
     "pfedrec": (pfedrec.pfedrec, pfedrec.Config),
 }
 
+SETTING_OF = {
+    "user_bias": ("fedmf",),
+    "user_init_std": ("fedmf", "fedavg", "fcf", "fedncf"),
+    **dict.fromkeys(("layers", "branches", "network_lr_scale"), ("fedncf",)),
+    **dict.fromkeys(("independence", "sparsity", "anneal", "own_lr_scale", "own_init_std"), ("fedrap",)),
+}
+"""The backbones that read a setting."""
+
+
+def no_other_backbones_settings(config: LocalConfig) -> None:
+    """Refuses settings that the chosen backbone does not read, unless they are left at their defaults."""
+    for name, backbones in SETTING_OF.items():
+        if hasattr(config, name) and config.backbone not in backbones:
+            config.unused(f"backbone={config.backbone}", name)
+
 
 @dataclasses.dataclass(frozen=True)
 class OverConfig(LocalConfig):
@@ -41,6 +56,7 @@ class OverConfig(LocalConfig):
         positive("user_init_std", self.user_init_std, zero_allowed=True)
         if self.backbone == "pfedrec":
             one_of("optimizer", self.optimizer, ("sgd",))
+        no_other_backbones_settings(self)
 
     @property
     def width(self) -> int:

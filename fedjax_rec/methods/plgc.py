@@ -49,6 +49,7 @@ from fedjax_rec.backbones.linear import linear_head
 from fedjax_rec.backbones.mf import matrix_factorisation
 from fedjax_rec.backbones.ncf import neural_cf
 from fedjax_rec.method import LocalData, Method, batch_at
+from fedjax_rec.methods.over import no_other_backbones_settings
 from fedjax_rec.roles import binary_cross_entropy, difference, local_sgd, run_steps, sgd_step
 from fedjax_rec.sharing import LocalConfig, item_table, sharing_method
 from fedjax_rec.types import Params
@@ -77,7 +78,7 @@ class Config(LocalConfig):
         normalise: tables are divided by the root mean square of their rows first.
         contrast_weight: gamma. contrast_off_diagonal: mu.
         contrast: Z^A is the `local` or the `mixed` table; `self` takes Z^A = Z^B = E^L (only decorrelates).
-        user_init_std, user_bias: of fedmf and fedncf. layers, branches, network_lr_scale: see fedncf.
+        user_bias: of fedmf; user_init_std: of fedmf and fedncf; layers, branches, network_lr_scale: see fedncf.
     """
 
     item_lr_scale: float = 0.02
@@ -124,6 +125,7 @@ class Config(LocalConfig):
                 f"top_eigenvalues={self.top_eigenvalues} with kernel=network: one eigenvalue problem of the size of "
                 "the network per client and round; set kernel=last_layer or top_eigenvalues=0"
             )
+        no_other_backbones_settings(self)
 
 
 class Client(NamedTuple):
