@@ -288,7 +288,8 @@ def by_autodiff(config, backbone, params, data):
 
 
 OF_BACKBONE = {
-    **dict.fromkeys(("fedavg", "fcf"), {"user_init_std": 0.5}),
+    "fedavg": {"user_init_std": 0.5},
+    "fcf": {"user_init_std": 0.5},
     "fedrap": {"own_lr_scale": 2.0, "own_init_std": 0.3},
     "pfedrec": {},
 }
