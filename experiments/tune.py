@@ -332,13 +332,16 @@ def write_flags(dataset: str, method: str, best: list[dict[str, Any]], trials: d
     protocol = {"patience": FLAGS.patience, **protocol_of(dataset, method)}
     protocol |= {name: best[0][name] for name in ("rounds", "patience") if name in best[0]}
     start = trials.get(0, [{}])[0].get("start_from")
-    budget = f"{len(trials)} settings, the first {start}'s" if start else f"{len(trials)} random settings"
+    chosen = f"the best on validation of {len(trials)} random settings"
+    if start:
+        chosen = f"the best on validation of {len(trials)} settings, the first {start}'s"
+        chosen = chosen if len(trials) > 1 else f"{start}'s settings, the only ones tried"
     path = Path(FLAGS.flags_to) / recipe_name(dataset, method)
     scores = [line["score"] for line in best]
     spread = f"{min(scores):.3f} to {max(scores):.3f} over {len(best)} seeds" if len(best) > 1 else "one seed"
     said = f"{np.mean(scores):.3f} ({spread})"
     lines = [
-        f"# {method} on {dataset}: the best on validation of {budget} (experiments/tune.py).",
+        f"# {method} on {dataset}: {chosen} (experiments/tune.py).",
         f"#   python launch.py --flagfile=experiments/{path.name} --data_dir=DATA --workdir=runs/{path.stem}",
         f"# Expected: validation {protocol['select_metric']} near {said}, best at round "
         f"{max(line.get('best_round', 0) for line in best)} or before; test figures are in BUILD_NOTES.md.",
