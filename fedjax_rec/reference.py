@@ -24,6 +24,7 @@ from fedjax_rec.data.features import Features
 from fedjax_rec.data.sampling import draw_local_data
 from fedjax_rec.data.splits import Split
 from fedjax_rec.evaluate import Evaluator, Ranks
+from fedjax_rec.item_sources import directions
 from fedjax_rec.method import all_batches
 from fedjax_rec.rounds import Cohort, client_key, streams
 from fedjax_rec.types import PRNGKey
@@ -72,10 +73,6 @@ def _least_sampled_scores(engine, replicated, took_part, slot, record, size, ste
     return -jax.lax.fori_loop(0, rounds, one_round, jnp.zeros(spec.num_items))
 
 
-def unit_rows(values: np.ndarray) -> np.ndarray:
-    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
-
-
 def stacked_features(features: Mapping[str, Features], common: np.ndarray | None = None) -> Float[Array, "items feat"]:
     """All modalities side by side, each row of each modality scaled to length 1; 0 where an item has none.
 
@@ -86,9 +83,9 @@ def stacked_features(features: Mapping[str, Features], common: np.ndarray | None
     parts = []
     for feature in features.values():
         present = feature.present[:, None]
-        rows = np.where(present, unit_rows(feature.values), 0.0)
+        rows = np.where(present, directions(feature.values), 0.0)
         if common is not None and (common & feature.present).any():
-            rows = np.where(present, unit_rows(rows - rows[common & feature.present].mean(0)), 0.0)
+            rows = np.where(present, directions(rows - rows[common & feature.present].mean(0)), 0.0)
         parts.append(rows)
     return jnp.asarray(np.concatenate(parts, axis=1), jnp.float32)
 

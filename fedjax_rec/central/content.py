@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from fedjax_rec.central.pairwise import PairConfig
-from fedjax_rec.item_sources import Catalogue, features_of
-from fedjax_rec.item_sources.cold import directions, largest
+from fedjax_rec.item_sources import Catalogue, directions, features_of
+from fedjax_rec.item_sources.cold import largest
 from fedjax_rec.roles import masked_mean
 from fedjax_rec.types import Params, PRNGKey
 from fedjax_rec.validate import positive

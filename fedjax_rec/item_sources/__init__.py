@@ -64,3 +64,9 @@ def own_rows(catalogue: Catalogue, modality: str) -> tuple[Bool[np.ndarray, "ite
     present = np.asarray(catalogue.present.get(modality, np.ones(items, bool)), bool)
     known = present if catalogue.warm is None else present & np.asarray(catalogue.warm, bool)
     return present, known if known.any() else present
+
+
+def directions(rows: Float[np.ndarray, "items feat"]) -> Float[np.ndarray, "items feat"]:
+    """Each row scaled to length 1; one that is rounding about 0 beside the others has no direction and is 0."""
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.where(length > 1e-6 * length.max(), rows / np.maximum(length, 1e-30), 0.0).astype(np.float32)

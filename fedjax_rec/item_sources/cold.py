@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fedjax_rec.item_sources import Catalogue, features_of, own_rows
+from fedjax_rec.item_sources import Catalogue, directions, features_of, own_rows
 from fedjax_rec.method import Method, Server
 from fedjax_rec.types import PRNGKey, PyTree
 
@@ -96,7 +96,7 @@ def side_by_side(catalogue: Catalogue, name: str) -> Float[np.ndarray, "items fe
     """
     parts = []
     for modality, values in features_of(catalogue, f"{name} makes rows from", centre=False).items():
-        unit = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
+        unit = directions(values)
         present, known = own_rows(catalogue, modality)
         parts.append(np.where(present[:, None], unit, _mean(unit[known])))
     return np.concatenate(parts, axis=1)
@@ -142,12 +142,6 @@ def largest(values: Float[np.ndarray, "rows n"], k: int) -> np.ndarray:
     least = -np.partition(-values, k - 1, axis=1)[:, k - 1]
     found = [np.flatnonzero(row >= low) for row, low in zip(values, least, strict=True)]
     return np.stack([ids[np.argsort(-row[ids], kind="stable")[:k]] for ids, row in zip(found, values, strict=True)])
-
-
-def directions(rows: Float[np.ndarray, "items feat"]) -> Float[np.ndarray, "items feat"]:
-    """Each row scaled to length 1; one that is rounding about 0 beside the others has no direction and is 0."""
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.where(length > 1e-6 * length.max(), rows / np.maximum(length, 1e-30), 0.0).astype(np.float32)
 
 
 def nearest_warm(
