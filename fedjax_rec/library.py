@@ -218,8 +218,9 @@ class Run:
 
     @functools.cached_property
     def shared(self) -> Params:
-        """What the server shows its clients now."""
-        return publish(self.experiment.engine, self.experiment.key, self.state.server, self.round)
+        """What the server shows its clients now, in arrays of its own."""
+        shared = publish(self.experiment.engine, self.experiment.key, self.state.server, self.round)
+        return jax.tree.map(jnp.copy, shared)
 
     def scores(self, user: Any) -> np.ndarray:
         """Scores of the catalogue [items] for one user (raw id), in the order of `experiment.interactions.item_ids`.

@@ -101,6 +101,7 @@ class Engine:
         mesh: 1-D mesh over which clients are spread; its size equals clients.num_devices.
         block_size: clients per block; 0 chooses per bucket so that a block's rows fit the cache (CPU) or occupy
             the device. Part of a run's identity: sums are ordered by it.
+        steps, block: for every bucket, the shapes of one client's step and the clients per block.
         buckets: the clients' arrays on the devices.
     """
 
@@ -109,6 +110,7 @@ class Engine:
     mesh: Mesh
     block_size: int
     sizes: tuple[Sizes, ...]
+    steps: tuple[Step, ...]
     block: tuple[int, ...]
     buckets: tuple[Bucket, ...]
     pool: Array | None
@@ -172,6 +174,16 @@ class Engine:
         shared = publish(self, key, server, round_)
         clients, told = exchange_down(self, key, shared, state.clients, round_)
         return State(server, clients, state.mail), told
+
+    @functools.cached_property
+    def published(self) -> tuple[jax.tree_util.PyTreeDef, tuple[int | None, ...]]:
+        """How what is published is built, and for each of its leaves the leaf of the server's state that it is, or
+        None if it is made of them."""
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        server = jax.eval_shape(self.method.init_server, key)
+        traced, shapes = jax.make_jaxpr(lambda k, s: _published(self, k, s, 0), return_shape=True)(key, server)
+        places = {id(variable): place for place, variable in enumerate(traced.jaxpr.invars[1:])}
+        return jax.tree.structure(shapes), tuple(places.get(id(leaf)) for leaf in traced.jaxpr.outvars)
 
     @functools.cached_property
     def everybody(self) -> Cohort:
@@ -245,7 +257,8 @@ def make_engine(method: Method, clients: Clients, *, mesh: Mesh | None = None, b
     spec = NamedSharding(mesh, P(AXIS))
     buckets = tuple(jax.tree.map(lambda x: jax.device_put(x, spec), b) for b in clients.buckets)
     pool = None if clients.pool is None else jax.device_put(clients.pool, NamedSharding(mesh, P()))
-    engine = Engine(method, clients, mesh, block_size, size, (), buckets, pool)
+    engine = Engine(method, clients, mesh, block_size, size, (), (), buckets, pool)
+    engine = dataclasses.replace(engine, steps=tuple(_one_step(engine, b) for b in range(len(size))))
     return dataclasses.replace(engine, block=_blocks(engine))
 
 
@@ -255,11 +268,14 @@ def _blocks(engine: Engine) -> tuple[int, ...]:
     if engine.block_size:
         return tuple(min(engine.block_size, n) for n in per_device)
     per_row, chosen = row_bytes(engine), []
-    for b, (size, n) in enumerate(zip(engine.sizes, per_device, strict=True)):
-        # clients without tables (of centralised methods) hold what they send
-        held = size.rows * per_row if per_row else _bytes(_one_step(engine, b).upload)
+    for size, step, n in zip(engine.sizes, engine.steps, per_device, strict=True):
+        # what training leaves as it was (views) is held once; clients without tables (of centralised methods) hold
+        # what they send
+        trained = _bytes({role: value for role, value in step.params.items() if role in ITEM_ROLES})
+        held = (size.rows * per_row + trained) // 2 if per_row else _bytes(step.upload)
         fits = max(default_block_bytes() // max(held, 1), 1)
-        chosen.append(int(min(2 ** int(np.log2(fits)), n)))
+        blocks = -(-n // fits)
+        chosen.append(-(-n // blocks))  # equal ones: what is missing in the last one is computed all the same
     return tuple(chosen)
 
 
@@ -398,18 +414,35 @@ def _init(engine: Engine, key: PRNGKey, users: Int[Array, "slots"]) -> State:
     return State(constrain(server, everywhere), constrain(clients, spread), constrain(mail, spread))
 
 
+def publish(engine: Engine, key: PRNGKey, server: Server, round_: Integer[ArrayLike, ""]) -> Params:
+    """What clients may see at the start of a round (and at an evaluation before it): a function of its own, so
+    that server-made item rows are computed once, whatever the number of clients.
+
+    What the server publishes as it is, like an ID table, is not copied: it is the server's own array, which the round's
+    `server_step` is given to write over.
+    """
+    tree, lent = engine.published
+    held = jax.tree.leaves(server)
+    made = iter(make_published(engine, key, server, jnp.asarray(round_, jnp.int32)) if None in lent else ())
+    return jax.tree.unflatten(tree, [next(made) if place is None else held[place] for place in lent])
+
+
+def _published(engine: Engine, key: PRNGKey, server: Server, round_: Integer[ArrayLike, ""]) -> Params:
+    k_publish, _ = jax.random.split(client_key(key, round_, SERVER))
+    return engine.method.publish(k_publish, server)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 @in_float32
-def publish(engine: Engine, key: PRNGKey, server: Server, round_: Int[Array, ""]) -> Params:
-    """What clients may see at the start of a round (and at an evaluation before it): a function of its own, so
-    that server-made item rows are computed once, whatever the number of clients."""
-    k_publish, _ = jax.random.split(client_key(key, jnp.asarray(round_, jnp.int32), SERVER))
-    return engine.method.publish(k_publish, server)
+def make_published(engine: Engine, key: PRNGKey, server: Server, round_: Int[Array, ""]) -> list[Array]:
+    """Those leaves of what is published that are not the server's own arrays."""
+    made = jax.tree.leaves(_published(engine, key, server, round_))
+    return [leaf for leaf, place in zip(made, engine.published[1], strict=True) if place is None]
 
 
 @in_float32
 def _client_round(engine: Engine, key, shared: Params, clients: Client, mail: Mail, round_, cohort: Cohort):
-    """All clients' local work: (their state, the aggregate, means for the log)."""
+    """All clients' local work: (their state, the uploads folded but not finished, means for the log)."""
     method = engine.method
     clients, folded, totals = jax.shard_map(
         functools.partial(_local_pass, engine),
@@ -418,12 +451,9 @@ def _client_round(engine: Engine, key, shared: Params, clients: Client, mail: Ma
         out_specs=(P(AXIS), P(AXIS) if method.aggregator.over_mail else P(), P()),
         check_vma=False,
     )(key, round_, shared, clients, mail, engine.buckets, cohort, engine.pool)
-    count, spec = totals["clients"], engine.clients
-    if method.aggregator.by_client and spec.num_devices > 1:
-        folded = jax.tree.map(lambda x: x[spec.slots], folded)
-    received = method.aggregator.finish(folded, totals["weight"], count)
+    count = totals["clients"]
     info = {name: total / jnp.maximum(count, 1) for name, total in totals["info"].items()}
-    return clients, received, {**info, "clients": count}
+    return clients, Aggregate(folded, totals["weight"], count), {**info, "clients": count}
 
 
 client_round = jax.jit(_client_round, static_argnums=0, donate_argnums=(3, 4))
@@ -438,11 +468,16 @@ def local_round(engine: Engine):
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 @in_float32
 def server_step(engine: Engine, key: PRNGKey, server: Server, round_: Int[Array, ""], received: Aggregate):
-    """The server's answer to a round: (server, mail)."""
+    """The server's answer to a round: (server, mail). Uploads are finished here, where that is no pass of its own."""
+    aggregator, spec = engine.method.aggregator, engine.clients
+    folded = received.value
+    if aggregator.by_client and spec.num_devices > 1:
+        folded = jax.tree.map(lambda x: x[spec.slots], folded)
+    received = aggregator.finish(folded, received.weight, received.count)
     _, k_server = jax.random.split(client_key(key, round_, SERVER))
     server, mail = engine.method.server_update(k_server, server, received)
-    if not engine.method.aggregator.over_mail and engine.clients.num_devices > 1:
-        users = np.minimum(engine.clients.users, engine.clients.num_users - 1)  # empty slots get anybody's
+    if not aggregator.over_mail and spec.num_devices > 1:
+        users = np.minimum(spec.users, spec.num_users - 1)  # empty slots get anybody's
         mail = jax.tree.map(lambda x: x[users], mail)
     return server, jax.lax.with_sharding_constraint(mail, NamedSharding(engine.mesh, P(AXIS)))
 
@@ -653,7 +688,7 @@ def _bytes_per_client(engine: Engine) -> dict[str, int]:
     state, published = _shapes(method)
     shared = each_round(method, published)
     largest = int(np.argmax([s.rows for s in engine.sizes]))
-    step = _one_step(engine, largest)
+    step = engine.steps[largest]
     in_exchange = {}
     if method.exchange:
         sent = jax.eval_shape(method.exchange.upload, state.clients)
@@ -685,12 +720,11 @@ def _memory_bytes(engine: Engine) -> dict[str, int]:
     state, _ = _shapes(method)
     row = row_bytes(engine)
     # a block holds rows and networks before and after training, their change, and the batch's vectors with gradients
-    steps = [_one_step(engine, b) for b in range(len(engine.sizes))]
     beside_rows = lambda tree: _bytes({r: v for r, v in tree.items() if r not in ITEM_ROLES})
     in_flight = max(
         block * ((4 * size.rows + 3 * size.batch) * row + 16 * (size.epoch + size.draws))
         + block * max(4 * beside_rows(step.params), beside_rows(step.upload))
-        for size, block, step in zip(engine.sizes, engine.block, steps, strict=True)
+        for size, block, step in zip(engine.sizes, engine.block, engine.steps, strict=True)
     )
     if method.exchange:
         in_flight = max(in_flight, 3 * _exchange_block(engine) * spec.num_items * row)
@@ -699,7 +733,7 @@ def _memory_bytes(engine: Engine) -> dict[str, int]:
         "mail": _bytes(state.mail) * spec.num_slots,
         # every device holds it whole
         "server": (3 * _bytes(state.server) + method.scratch) * spec.num_devices,
-        "uploads": _uploads_bytes(engine, steps[-1].upload) * spec.num_devices,
+        "uploads": _uploads_bytes(engine, engine.steps[-1].upload) * spec.num_devices,
         "data": sum(x.nbytes for b in spec.buckets for x in b if x is not None),
         "block": in_flight * spec.num_devices,
     }

@@ -72,16 +72,24 @@ def test_free_memory_is_that_of_the_devices_in_use(monkeypatch):
     assert system.available_bytes([*devices, SimpleNamespace(memory_stats=lambda: None)]) is None
 
 
-def test_each_function_of_a_round_compiles_once():
-    """Whoever calls it: the round, the evaluation, the benchmark of the parts."""
-    functions = rounds.publish, rounds.client_round_beside_mail, rounds.server_step
-    one, before = ready("fedmf", devices=4), [function._cache_size() for function in functions]
+@pytest.mark.parametrize("method, made", [("fedmf", 0), ("mlp_fusion", 1)])
+def test_each_function_of_a_round_compiles_once(method, made):
+    """Whoever calls it: the round, the evaluation, the benchmark of the parts. A table that is published as it is needs
+    no function."""
+    functions = rounds.make_published, rounds.client_round_beside_mail, rounds.server_step
+    one, before = ready(method, devices=4), [function._cache_size() for function in functions]
     state = one.engine.init(one.key)
     for round_ in range(2):
         state, _ = one.engine.round(one.key, state, round_)
         one.evaluator.ranks(one.key, state, round_ + 1)
     benchmark._phases(one, state, 1)
-    assert [function._cache_size() - held for function, held in zip(functions, before, strict=True)] == [1, 1, 1]
+    assert [function._cache_size() - held for function, held in zip(functions, before, strict=True)] == [made, 1, 1]
+
+
+def test_a_table_that_is_published_as_it_is_is_not_copied():
+    one = ready("fedmf", devices=4)
+    server = one.engine.init(one.key).server
+    assert rounds.publish(one.engine, one.key, server, 0)["item"] is server.shared["item"]
 
 
 def test_bandwidth_is_that_of_all_devices_of_the_mesh(monkeypatch):
