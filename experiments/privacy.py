@@ -105,6 +105,7 @@ def config(method: str, **changes) -> run.RunConfig:
         select_metric=f"NDCG@{ks[-1]}",
         checkpoint_every=0,
         devices=1,
+        max_buckets=2,
         **changes,
     )
 

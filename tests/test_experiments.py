@@ -341,7 +341,7 @@ def test_tag_features_of_items_with_the_same_tags_are_the_same(tmp_path):
 
 def test_guidance_before_and_after_for_every_group(tmp_path):
     """The run went on by itself has, after its next guidance round, the metrics that the analysis says."""
-    common = ["--method=fedrkg", "--set=interval=3", "--cpu_devices=1", "--noplots", "--noprogress"]
+    common = ["--method=fedrkg", "--set=interval=3", "--cpu_devices=1", "--max_buckets=2", "--noplots", "--noprogress"]
     common += ["--set=beta=0.2", "--set=gate_lr=2000", "--clients_per_round=0.8"]
     for rounds in (5, 6):
         call("launch.py", *common, f"--rounds={rounds}", f"--workdir={tmp_path / str(rounds)}")
