@@ -207,9 +207,10 @@ def _difference(runs: dict[str, Runs], name: str, other: str, metric: str) -> st
 def verdict(runs: dict[str, Runs], claim: str, metric: str) -> str:
     """A line that says whether the claim holds."""
     better, worse = claim.split(">")
-    _, low, high = metrics.paired_difference(*_paired(runs, better, worse, metric))
+    sides = _paired(runs, better, worse, metric)
+    _, low, high = metrics.paired_difference(*sides)
     holds = "true" if low > 0 else "false" if high < 0 else "open"
-    return f"* {better} beats {worse}, {metric}: **{holds}** ({_difference(runs, better, worse, metric)})"
+    return f"* {better} beats {worse}, {metric}: **{holds}** ({compare.paired(*sides)})"
 
 
 def tables(flagfiles: Sequence[Path]) -> None:

@@ -92,11 +92,11 @@ def spread(values: Sequence[float | int | None]) -> str:
 
 def by_client(folders: Sequence[Path], metric: str) -> np.ndarray:
     """One test metric by run and client, [seeds, users]."""
-    return np.stack([read_per_client(folder)[metric] for folder in folders])
+    return np.stack([read_per_client(folder, metric)[metric] for folder in folders])
 
 
-def read_per_client(folder: Path) -> dict[str, np.ndarray]:
-    """The arrays of per_client.npz.
+def read_per_client(folder: Path, *names: str) -> dict[str, np.ndarray]:
+    """The arrays of per_client.npz; only those named, where some are (the test items of a cold split are large).
 
     Raises:
         UsageError: there is none, or it is damaged.
@@ -104,7 +104,7 @@ def read_per_client(folder: Path) -> dict[str, np.ndarray]:
     path = folder / "per_client.npz"
     try:
         with np.load(path) as held:
-            return dict(held)
+            return {name: held[name] for name in names or held.files}
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist: expected a finished run; start it again to go on") from None
     except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
