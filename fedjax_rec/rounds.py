@@ -258,7 +258,8 @@ def make_engine(method: Method, clients: Clients, *, mesh: Mesh | None = None, b
     buckets = tuple(jax.tree.map(lambda x: jax.device_put(x, spec), b) for b in clients.buckets)
     pool = None if clients.pool is None else jax.device_put(clients.pool, NamedSharding(mesh, P()))
     engine = Engine(method, clients, mesh, block_size, size, (), (), buckets, pool)
-    engine = dataclasses.replace(engine, steps=tuple(_one_step(engine, b) for b in range(len(size))))
+    steps = [_one_step(engine, b) for b in reversed(range(len(size)))]  # what does not fit is said of the widest
+    engine = dataclasses.replace(engine, steps=tuple(reversed(steps)))
     return dataclasses.replace(engine, block=_blocks(engine))
 
 
