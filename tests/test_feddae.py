@@ -126,9 +126,10 @@ def test_padding_of_the_history_changes_nothing():
 
 def test_a_history_that_does_not_fit_is_refused_with_the_number_to_set():
     method = methods.build("feddae", USERS, ITEMS, **{**SMALL, **OWN["feddae"], "history_rows": 4})
-    population = clients.build(split(), max_buckets=1, num_devices=1)
-    longest = population.buckets[0].history.shape[1]
-    with pytest.raises(ValueError, match=f"set history_rows={longest}"):
+    population = clients.build(split(), max_buckets=2, num_devices=1)
+    shorter, longest = (bucket.history.shape[1] for bucket in population.buckets)
+    assert 4 < shorter < longest
+    with pytest.raises(ValueError, match=rf"set history_rows={longest}\b"):
         make_engine(method, population)
 
 
