@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from fedjax_rec import benchmark, run
 from fedjax_rec.backbones.fused import BACKBONES
@@ -87,6 +87,7 @@ def fusion_cases(common):
 
 
 def main(argv) -> None:
+    logging.set_verbosity(logging.WARNING)  # JAX tells of accelerators that are not there
     jax.config.update("jax_num_cpu_devices", FLAGS.cpu_devices)
     folder = Path(FLAGS.out)
     folder.mkdir(parents=True, exist_ok=True)
