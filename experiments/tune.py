@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from fedjax_rec import run
 from fedjax_rec.search import judge
@@ -375,6 +375,7 @@ def main(argv) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if FLAGS.choose:
         return choose(folder)
+    logging.set_verbosity(logging.WARNING)  # JAX tells of accelerators that are not there
     jax.config.update("jax_num_cpu_devices", FLAGS.cpu_devices)
     without = sorted(WITHOUT_RANGES & set(FLAGS.methods))
     if without:
