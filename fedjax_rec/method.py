@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Integer
 
 from fedjax_rec.types import Params, PRNGKey, PyTree
 
@@ -64,7 +64,7 @@ class LocalData:
     history: Int[Array, "history"]
     history_mask: Bool[Array, "history"]
     num_samples: Float[Array, ""]  # samples of one local epoch: positives and negatives
-    num_steps: Int[Array, ""]  # steps to run; what batch_at gives beyond them is padding
+    num_steps: Integer[ArrayLike, ""]  # steps to run; what batch_at gives beyond them is padding
     round: Int[Array, ""]  # 0-based
 
 

@@ -31,7 +31,8 @@ SERVER = np.uint32(2**32 - 1)  # the server's stream of randomness: no user has 
 START = np.uint32(2**32 - 1)  # the stream of the state before the first round: no round has this number
 CPU_BLOCK_BYTES = 2**18  # a few clients: their rows, changes and batches together stay in one core's L2 cache
 EXCHANGE_CPU_BYTES = 2**22  # whole tables of a few clients
-DEVICE_BLOCK_BYTES = 2**28  # enough clients to occupy an accelerator
+DEVICE_BLOCK_BYTES = 2**30  # enough clients to occupy an accelerator
+DEVICE_BLOCK_SHARE = 1 / 64  # of its memory, at most: what is in flight takes about eight times a block's rows
 
 
 @struct.dataclass
@@ -88,7 +89,13 @@ def in_float32(function: Callable) -> Callable:
 
 
 def default_block_bytes() -> int:
-    return CPU_BLOCK_BYTES if jax.default_backend() == "cpu" else DEVICE_BLOCK_BYTES
+    return CPU_BLOCK_BYTES if jax.default_backend() == "cpu" else device_block_bytes()
+
+
+def device_block_bytes() -> int:
+    """Of an accelerator; less where its memory is small."""
+    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return min(DEVICE_BLOCK_BYTES, int(DEVICE_BLOCK_SHARE * memory)) if memory else DEVICE_BLOCK_BYTES
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,6 +109,7 @@ class Engine:
         block_size: clients per block; 0 chooses per bucket so that a block's rows fit the cache (CPU) or occupy
             the device. Part of a run's identity: sums are ordered by it.
         steps, block: for every bucket, the shapes of one client's step and the clients per block.
+        fixed: for every bucket, whether its loops have a length known when they are compiled (see _fixed).
         buckets: the clients' arrays on the devices.
     """
 
@@ -112,6 +120,7 @@ class Engine:
     sizes: tuple[Sizes, ...]
     steps: tuple[Step, ...]
     block: tuple[int, ...]
+    fixed: tuple[bool, ...]
     buckets: tuple[Bucket, ...]
     pool: Array | None
 
@@ -257,10 +266,22 @@ def make_engine(method: Method, clients: Clients, *, mesh: Mesh | None = None, b
     spec = NamedSharding(mesh, P(AXIS))
     buckets = tuple(jax.tree.map(lambda x: jax.device_put(x, spec), b) for b in clients.buckets)
     pool = None if clients.pool is None else jax.device_put(clients.pool, NamedSharding(mesh, P()))
-    engine = Engine(method, clients, mesh, block_size, size, (), (), buckets, pool)
+    engine = Engine(method, clients, mesh, block_size, size, (), (), (), buckets, pool)
     steps = [_one_step(engine, b) for b in reversed(range(len(size)))]  # what does not fit is said of the widest
     engine = dataclasses.replace(engine, steps=tuple(reversed(steps)))
-    return dataclasses.replace(engine, block=_blocks(engine))
+    engine = dataclasses.replace(engine, block=_blocks(engine))
+    return dataclasses.replace(engine, fixed=_fixed(engine))
+
+
+def _fixed(engine: Engine) -> tuple[bool, ...]:
+    """Whether a bucket that is one block takes as many steps as its longest history may, in every round.
+
+    An accelerator asks the host before every pass of a loop whose length it does not know, and of clients that all lie
+    in one block the longest decides anyway. CPUs ask nobody, and their blocks are small.
+    """
+    known = engine.mesh.devices.flat[0].platform != "cpu"
+    per_device = [b.user.shape[0] // engine.clients.num_devices for b in engine.clients.buckets]
+    return tuple(known and block >= n for block, n in zip(engine.block, per_device, strict=True))
 
 
 def _blocks(engine: Engine) -> tuple[int, ...]:
@@ -336,7 +357,7 @@ def restrict_client(clients: Client, slot: Int[Array, ""], rows: Int[Array, "row
     return {role: take(role) for role in clients}
 
 
-def read_once(clients: Client, slot: Int[Array, ""], steps: Int[Array, ""]) -> Client:
+def read_once(clients: Client, slot: Int[Array, ""], steps: Integer[ArrayLike, ""]) -> Client:
     """`restrict_client` to whole tables whose result is stored, for the only client of a block.
 
     XLA on the CPU works out a slice again wherever its result is used. A method that compares what it has trained with
@@ -371,7 +392,7 @@ def local_step(
     mail: Mail,
     slot: Int[Array, ""],
     record: Record,
-    steps: Int[Array, ""],
+    steps: Integer[ArrayLike, ""],
     alone: bool = False,
 ) -> Step:
     """Draw, download, train, upload: one client of a block, `alone` if it is the only one."""
@@ -513,15 +534,15 @@ def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, coh
         },
     )
     for b, bucket in enumerate(buckets):
-        size, block = engine.sizes[b], engine.block[b]
+        size, block, fixed = engine.sizes[b], engine.block[b], engine.fixed[b]
 
-        def one_block(i, carry, bucket=bucket, size=size, block=block, b=b):
+        def one_block(i, carry, bucket=bucket, size=size, block=block, fixed=fixed, b=b):
             clients, folded, totals = carry
             position = jax.lax.dynamic_slice(cohort.positions[b], (i * block,), (block,))
             record = record_at(bucket, position, spec.num_users, spec.num_items, pool_size)
             real = record.user < spec.num_users
             slot = bucket.slot.at[position].get(mode="fill", fill_value=slots)
-            steps = epoch_steps(method.sampling, size, record.length.max())
+            steps = np.int32(size.steps) if fixed else epoch_steps(method.sampling, size, record.length.max())
             # read where it is written: a second reference to the mail would be a copy
             letters = folded[0] if over_mail else mail
             run = functools.partial(
@@ -539,7 +560,7 @@ def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, coh
             }
             return clients, folded, totals
 
-        carry = jax.lax.fori_loop(0, cohort.blocks[b][0], one_block, carry)
+        carry = one_block(0, carry) if fixed else jax.lax.fori_loop(0, cohort.blocks[b][0], one_block, carry)
     clients, folded, totals = carry
     return clients, method.aggregator.merge(folded, AXIS), jax.lax.psum(totals, AXIS)
 
@@ -603,7 +624,7 @@ def exchange_step(
     shared: Params,
     client: Client,
     record: Record,
-    steps: Int[Array, ""],
+    steps: Integer[ArrayLike, ""],
 ) -> tuple[Client, dict[str, Array]]:
     """One client's part in an exchange. Its samples come from the stream of the round's own."""
     exchange, mine = method.exchange, client_key(key, round_, record.user)
@@ -646,7 +667,7 @@ def _exchange_pass(engine: Engine, key, round_, shared, clients, buckets, pool):
 
 def _exchange_block(engine: Engine) -> int:
     """Clients whose whole tables are in flight at once, before and after an exchange."""
-    budget = EXCHANGE_CPU_BYTES if jax.default_backend() == "cpu" else DEVICE_BLOCK_BYTES
+    budget = EXCHANGE_CPU_BYTES if jax.default_backend() == "cpu" else device_block_bytes()
     fits = max(budget // (3 * engine.clients.num_items * row_bytes(engine)), 1)
     return int(min(2 ** int(np.log2(fits)), max(engine.block)))
 

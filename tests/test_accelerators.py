@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 from types import SimpleNamespace
 
@@ -43,6 +45,34 @@ def test_products_are_float32_on_every_device(method):
     """TPUs round factors to bfloat16, GPUs to TF32, unless a product asks for more."""
     found = products(lowered(ready(method)))
     assert found and all("HIGHEST, HIGHEST" in line for line in found)
+
+
+@pytest.mark.parametrize("method", ["fedmf", "fedvlr", "plgc"])
+def test_no_loop_of_a_round_asks_the_host(method):
+    """A loop of known length is a scan; an accelerator's host is asked before every pass of another one."""
+    one, round_ = ready(method), jnp.int32(0)
+    state = jax.eval_shape(one.engine.init, one.key)
+    shared = jax.eval_shape(one.engine.method.publish, one.key, state.server)
+    asked = {}
+    for fixed in (False, True):
+        engine = dataclasses.replace(one.engine, fixed=(fixed,))
+        local = functools.partial(rounds._client_round, engine, one.key)
+        told = (shared, state.clients, state.mail, round_, engine.everybody)
+        asked[fixed] = " while[" in str(jax.make_jaxpr(local)(*told))
+    assert asked == {False: True, True: False}
+
+
+def test_blocks_fit_an_accelerators_memory(monkeypatch):
+    def asked(stats):
+        monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(memory_stats=lambda: stats)])
+        return rounds.device_block_bytes()
+
+    assert asked({"bytes_limit": 80 * 2**30}) == asked(None) == 2**30
+    assert asked({"bytes_limit": 16 * 2**30}) == 2**28
+
+
+def test_cpus_run_only_the_steps_that_a_block_needs():
+    assert ready("fedmf").engine.fixed == (False,)
 
 
 def test_a_chosen_precision_holds():

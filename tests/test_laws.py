@@ -162,8 +162,11 @@ def method(case: str):
 
 
 @functools.cache
-def engine(case: str, *, buckets: int = 0, block: int = 0, devices: int = 1, rows: str = "") -> Engine:
-    """By default in the layout that the other tests compare with: two buckets for the plain methods."""
+def engine(
+    case: str, *, buckets: int = 0, block: int = 0, devices: int = 1, rows: str = "", fixed: bool = False
+) -> Engine:
+    """By default in the layout that the other tests compare with: two buckets for the plain methods. `fixed`: each of
+    them one block, with the loops that accelerators have."""
     plain, buckets = method(case), buckets or (2 if case in PLAIN else 1)
 
     def counted(*args):
@@ -174,7 +177,8 @@ def engine(case: str, *, buckets: int = 0, block: int = 0, devices: int = 1, row
     population = clients.build(
         split(), negative_pool=CASES[case].negative_pool, max_buckets=buckets, num_devices=devices
     )
-    return make_engine(chosen, population, block_size=block)
+    made = make_engine(chosen, population, block_size=USERS if fixed else block)
+    return dataclasses.replace(made, fixed=(True,) * len(made.buckets)) if fixed else made
 
 
 @functools.cache
@@ -302,8 +306,8 @@ def test_blocks_of_one_client_change_nothing():
 
 @pytest.mark.skipif(len(jax.devices()) < 4, reason="needs 4 devices")
 @pytest.mark.parametrize("case", DISTINCT)
-def test_devices_change_nothing(case):
-    assert_close(played(case, buckets=1, devices=4), played(case))
+def test_devices_and_fixed_loops_change_nothing(case):
+    assert_close(played(case, buckets=1, devices=4, fixed=True), played(case))
 
 
 @pytest.mark.parametrize("case", SPARSE)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, ArrayLike, Float, Int, Integer, UInt32
 
 from fedjax_rec.method import Batch, LocalData, Sampling
 from fedjax_rec.types import PRNGKey
@@ -168,7 +168,9 @@ def draw_order(key: PRNGKey, count: UInt32[Array, ""], epochs: int) -> Order:
     return Order(jnp.where(safe % prime == 0, other, prime) % safe, shift % safe)
 
 
-def samples_of_step(order: Order, count: UInt32[Array, ""], size: Sizes, steps: Int[Array, ""], step: Int[Array, ""]):
+def samples_of_step(
+    order: Order, count: UInt32[Array, ""], size: Sizes, steps: Integer[ArrayLike, ""], step: Int[Array, ""]
+):
     """(sample indices [batch], whether each place holds a sample [batch], epoch []) of one local step.
 
     `steps` is the number of steps that an epoch takes in this block: step t is batch t mod steps of epoch t // steps.
@@ -215,7 +217,7 @@ class Drawn:
 
     length: Int[Array, ""]
     count: UInt32[Array, ""]
-    steps: Int[Array, ""]
+    steps: Integer[ArrayLike, ""]
     order: Order
     lookup: Int[Array, "history_and_draws"]
     deal: Int[Array, "draws_of_epoch"] | None
@@ -285,7 +287,7 @@ def draw_local_data(
     size: Sizes,
     num_items: int,
     pool: Int[Array, "pool"] | None,
-    steps: Int[Array, ""],
+    steps: Integer[ArrayLike, ""],
     round_: Int[Array, ""],
 ) -> LocalData:
     """Draws one client's samples and its working set.
