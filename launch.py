@@ -65,7 +65,9 @@ flags.DEFINE_string("select_metric", "NDCG@10", "Validation metric that selects 
 flags.DEFINE_integer("patience", 0, "Stop after so many rounds without improvement on validation; 0 for never.")
 flags.DEFINE_integer("checkpoint_every", 100, "Rounds between checkpoints; 0 for only at the end.")
 flags.DEFINE_integer("block_size", 0, "Clients per block; 0 chooses.")
-flags.DEFINE_integer("max_buckets", 4, "Padded history widths at most; more run faster and compile longer.")
+flags.DEFINE_integer(
+    "max_buckets", 0, "Padded history widths at most; more run faster and compile longer. 0: up to 4, if worth it."
+)
 flags.DEFINE_integer("devices", 0, "Devices to spread the clients over; 0 for all.")
 flags.DEFINE_string("dp_mechanism", "none", "Noise on what clients send: none, gaussian or laplace.")
 flags.DEFINE_float("dp_clip", 0.0, "Bound on the norm of an upload (gaussian: L2, laplace: L1); 0 does not clip.")

@@ -61,7 +61,7 @@ class RunConfig:
         patience: stop after so many rounds without a better validation result, 0 for never.
         checkpoint_every: rounds between checkpoints, 0 for only at the end and when stopped.
         block_size, max_buckets, devices: how the engine lays out clients; part of the run's identity because they
-            order its sums. devices=0 takes all there are.
+            order its sums. devices=0 takes all there are, max_buckets=0 as many as are worth their compilation.
         dp_mechanism: `none`, or what clients do to their uploads: `gaussian` or `laplace` noise.
         dp_clip, dp_noise, dp_rows: see privacy/mechanisms.Mechanism.
         dp_delta: of the (epsilon, delta) that is reported.
@@ -90,7 +90,7 @@ class RunConfig:
     patience: Whole = 0
     checkpoint_every: Whole = 100
     block_size: Whole = 0
-    max_buckets: Whole = clients_module.MAX_BUCKETS
+    max_buckets: Whole = 0
     devices: Whole = 0
     dp_mechanism: str = "none"
     dp_clip: Number = 0.0
@@ -108,16 +108,17 @@ class RunConfig:
             raise ValueError(f"ks={self.ks!r}: expected one cut-off or more, like (10, 50); --k=10,50")
         for name in ("rounds", "seed", "split_seed", "eval_every", "eval_clients", "patience", "checkpoint_every"):
             _number(name, getattr(self, name), numbers.Integral, "a whole number")
-        for name in ("block_size", "max_buckets", "devices"):
+        layout = "block_size", "max_buckets", "devices"
+        for name in layout:
             _number(name, getattr(self, name), numbers.Integral, "a whole number")
         for k in self.ks:
             _number("ks", k, numbers.Integral, "whole numbers")
         for name in ("clients_per_round", "dp_clip", "dp_noise", "dp_delta"):
             _number(name, getattr(self, name), numbers.Real, "a finite number")
         self._in_plain_types()
-        for name in ("rounds", "eval_every", "max_buckets"):
+        for name in ("rounds", "eval_every"):
             positive(name, getattr(self, name))
-        for name in ("clients_per_round", "eval_clients", "patience", "checkpoint_every", "block_size", "devices"):
+        for name in ("clients_per_round", "eval_clients", "patience", "checkpoint_every", *layout):
             positive(name, getattr(self, name), zero_allowed=True)
         for name in self.features:
             if name in ("", ID):
@@ -341,7 +342,8 @@ def prepare(config: RunConfig, data: tuple | None = None) -> Experiment:
     population = clients_module.build(
         split, negative_pool=chosen.negative_pool, num_devices=devices, max_buckets=config.max_buckets
     )
-    engine = make_engine(method, population, block_size=config.block_size)
+    cohort = cohort_size(config.clients_per_round, split.num_users)
+    engine = make_engine(method, population, block_size=config.block_size, cohort=cohort)
     evaluator = make_evaluator(engine, split, protocol=chosen, sampled=config.ranking == "sampled_99")
     eval_cohort = None
     if 0 < config.eval_clients < split.num_users:

@@ -107,7 +107,7 @@ class Engine:
         clients: who runs it (see data/clients.py).
         mesh: 1-D mesh over which clients are spread; its size equals clients.num_devices.
         block_size: clients per block; 0 chooses per bucket so that a block's rows fit the cache (CPU) or occupy
-            the device. Part of a run's identity: sums are ordered by it.
+            the device, and that a cohort fills its blocks. Part of a run's identity: sums are ordered by it.
         steps, block: for every bucket, the shapes of one client's step and the clients per block.
         fixed: for every bucket, whether its loops have a length known when they are compiled (see _fixed).
         buckets: the clients' arrays on the devices.
@@ -242,8 +242,14 @@ class Engine:
         return _memory_bytes(self)
 
 
-def make_engine(method: Method, clients: Clients, *, mesh: Mesh | None = None, block_size: int = 0) -> Engine:
+def make_engine(
+    method: Method, clients: Clients, *, mesh: Mesh | None = None, block_size: int = 0, cohort: int = 0
+) -> Engine:
     """Places the clients on the mesh and fixes the static sizes.
+
+    Args:
+        method, clients, mesh, block_size: see Engine.
+        cohort: how many clients rounds are expected to have, 0 for everybody: what blocks are made for.
 
     Raises:
         ValueError: if the mesh and the clients disagree, or one client has too many samples for the sampler.
@@ -269,7 +275,7 @@ def make_engine(method: Method, clients: Clients, *, mesh: Mesh | None = None, b
     engine = Engine(method, clients, mesh, block_size, size, (), (), (), buckets, pool)
     steps = [_one_step(engine, b) for b in reversed(range(len(size)))]  # what does not fit is said of the widest
     engine = dataclasses.replace(engine, steps=tuple(reversed(steps)))
-    engine = dataclasses.replace(engine, block=_blocks(engine))
+    engine = dataclasses.replace(engine, block=_blocks(engine, cohort))
     return dataclasses.replace(engine, fixed=_fixed(engine))
 
 
@@ -280,15 +286,23 @@ def _fixed(engine: Engine) -> tuple[bool, ...]:
     in one block the longest decides anyway. CPUs ask nobody, and their blocks are small.
     """
     known = engine.mesh.devices.flat[0].platform != "cpu"
-    per_device = [b.user.shape[0] // engine.clients.num_devices for b in engine.clients.buckets]
-    return tuple(known and block >= n for block, n in zip(engine.block, per_device, strict=True))
+    return tuple(known and block >= n for block, n in zip(engine.block, _per_device(engine), strict=True))
 
 
-def _blocks(engine: Engine) -> tuple[int, ...]:
+def _per_device(engine: Engine) -> list[int]:
+    """Clients of every bucket on one device."""
+    return [b.user.shape[0] // engine.clients.num_devices for b in engine.clients.buckets]
+
+
+def _blocks(engine: Engine, cohort: int) -> tuple[int, ...]:
     """Clients per block for every bucket."""
-    per_device = [b.user.shape[0] // engine.clients.num_devices for b in engine.clients.buckets]
+    per_device = _per_device(engine)
     if engine.block_size:
         return tuple(min(engine.block_size, n) for n in per_device)
+    if cohort and cohort < engine.clients.num_users:
+        # what a bucket sends varies: with its standard deviation one block is mostly enough
+        expected = [n * cohort / engine.clients.num_users for n in per_device]
+        per_device = [min(int(np.ceil(e + np.sqrt(e))), n) for e, n in zip(expected, per_device, strict=True)]
     per_row, chosen = row_bytes(engine), []
     for size, step, n in zip(engine.sizes, engine.steps, per_device, strict=True):
         # what training leaves as it was (views) is held once; clients without tables (of centralised methods) hold
@@ -669,7 +683,7 @@ def _exchange_block(engine: Engine) -> int:
     """Clients whose whole tables are in flight at once, before and after an exchange."""
     budget = EXCHANGE_CPU_BYTES if jax.default_backend() == "cpu" else device_block_bytes()
     fits = max(budget // (3 * engine.clients.num_items * row_bytes(engine)), 1)
-    return int(min(2 ** int(np.log2(fits)), max(engine.block)))
+    return int(min(2 ** int(np.log2(fits)), max(_per_device(engine))))
 
 
 def _example_step(engine: Engine, b: int, key, round_, shared, clients, mail, buckets, pool) -> Step:

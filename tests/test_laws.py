@@ -300,6 +300,13 @@ def test_blocks_and_buckets_change_nothing(case):
     assert_close(played(case, buckets=1, block=3), played(case))
 
 
+def test_blocks_made_for_a_cohort_change_nothing():
+    plain, users = engine("fedmf", buckets=1), np.array([17, 3, 40, 8])
+    smaller = make_engine(plain.method, plain.clients, cohort=len(users))
+    assert plain.block == (USERS,) and smaller.block == (len(users) + 2,)
+    assert_close(play(smaller, [users, None]), play(plain, [users, None]))
+
+
 def test_blocks_of_one_client_change_nothing():
     assert_close(played("momentum", block=1), played("momentum"))
 

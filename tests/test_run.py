@@ -20,7 +20,7 @@ import pytest
 
 from fedjax_rec import experiment, metrics, report, run
 from fedjax_rec.checkpoint import Checkpoints
-from fedjax_rec.data import clients, splits, synthetic
+from fedjax_rec.data import splits, synthetic
 from fedjax_rec.evaluate import Ranks
 from fedjax_rec.methods import METHODS
 from fedjax_rec.protocols import HONEST, PUBLISHED
@@ -887,10 +887,6 @@ def test_values_of_another_type_are_refused_by_name(name, value, said):
 def test_devices_that_are_not_there_are_refused():
     with pytest.raises(UsageError, match=r"devices=99: only 4 are there.*--cpu_devices=99"):
         prepare(config(devices=99), data())
-
-
-def test_clients_module_and_run_agree_on_the_default_number_of_buckets():
-    assert RunConfig().max_buckets == clients.MAX_BUCKETS
 
 
 def test_features_of_a_file_join_the_items_and_stand_in_for_the_data_sets_own(tmp_path):

@@ -17,6 +17,7 @@ NEGATIVE_POOLS: dict[str, str] = {
 }
 MAX_BUCKETS = 4
 BUCKET_COST = 0.02  # one more bucket must save this share of all slots to be worth its compilation
+BUCKET_SLOTS = 20_000  # and so many, where their number is left open: its compilation is worth some 1,000 rounds
 
 
 class Bucket(NamedTuple):
@@ -93,20 +94,23 @@ def padded_rows(pairs: Pairs, users: np.ndarray, offsets: np.ndarray, width: int
     return np.where(inside, items, fill).astype(np.int32)
 
 
-def bucket_widths(lengths: np.ndarray, max_buckets: int = MAX_BUCKETS) -> list[int]:
+def bucket_widths(lengths: np.ndarray, max_buckets: int = 0) -> list[int]:
     """Padded widths that waste the fewest slots, with at most `max_buckets` of them.
 
     Dynamic programme over 4, 5, 6 and 7 times the powers of two; a bucket that saves less than BUCKET_COST of all
     slots is not made.
+
+    Args:
+        max_buckets: 0 for at most MAX_BUCKETS, of which each also saves BUCKET_SLOTS.
     """
     longest = int(lengths.max(initial=1))
     steps = [quarter * 2**p for p in range(longest.bit_length()) for quarter in (4, 5, 6, 7)]
     widths = steps[: int(np.searchsorted(steps, longest)) + 1]
     upto = [int((lengths <= w).sum()) for w in widths]
-    penalty = BUCKET_COST * max(int(lengths.sum()), 1)
+    penalty = max(BUCKET_COST * max(int(lengths.sum()), 1), 0 if max_buckets else BUCKET_SLOTS)
     best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(-1, 0): (0.0, ())}
     for last in range(len(widths)):
-        for used in range(1, max_buckets + 1):
+        for used in range(1, (max_buckets or MAX_BUCKETS) + 1):
             choices = [
                 (cost + (upto[last] - (upto[prev] if prev >= 0 else 0)) * widths[last] + penalty, chosen)
                 for (prev, n), (cost, chosen) in best.items()
@@ -145,9 +149,10 @@ def build(
     *,
     negative_pool: str = "outside_train",
     num_devices: int = 1,
-    max_buckets: int = MAX_BUCKETS,
+    max_buckets: int = 0,
 ) -> Clients:
-    """Groups training histories into buckets and deals the users to the devices, so that each has as much to do."""
+    """Groups training histories into buckets (see bucket_widths) and deals the users to the devices, so that each has
+    as much to do."""
     if negative_pool not in NEGATIVE_POOLS:
         raise ValueError(f"negative_pool={negative_pool!r}: expected one of {', '.join(NEGATIVE_POOLS)}")
     users_per_device = -(-split.num_users // num_devices)

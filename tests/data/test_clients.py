@@ -127,6 +127,13 @@ def test_more_buckets_waste_less():
     assert clients.bucket_widths(lengths, 4) == [4, 32, 1024]
 
 
+def test_buckets_that_are_left_open_are_worth_their_compilation():
+    lengths = np.concatenate([np.full(500, 4), np.full(100, 30), [1000]])
+    assert clients.bucket_widths(lengths, 4) == [4, 32, 1024]
+    assert clients.bucket_widths(lengths) == [32, 1024]  # a third one would save 14,000 slots
+    assert clients.bucket_widths(np.tile(lengths, 2)) == [4, 32, 1024]
+
+
 @pytest.mark.parametrize("lengths", [[0], [1], [4], [5], [8, 9], [0, 1024], [1025]])
 def test_the_widest_bucket_holds_the_longest_history(lengths):
     widths = clients.bucket_widths(np.array(lengths))
