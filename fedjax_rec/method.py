@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Integer
 
@@ -234,8 +233,3 @@ class Listed:
 def batch_at(data: LocalData, step: Int[Array, ""]) -> Batch:
     """The samples of one local step."""
     return data.samples.at(step)
-
-
-def all_batches(data: LocalData) -> Batch:
-    """Every step's samples [steps, batch]."""
-    return jax.vmap(data.samples.at)(jnp.arange(data.samples.most_steps))

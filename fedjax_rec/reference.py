@@ -25,7 +25,6 @@ from fedjax_rec.data.sampling import draw_local_data
 from fedjax_rec.data.splits import Split
 from fedjax_rec.evaluate import Evaluator, Ranks
 from fedjax_rec.item_sources import directions
-from fedjax_rec.method import all_batches
 from fedjax_rec.rounds import Cohort, client_key, streams
 from fedjax_rec.types import PRNGKey
 
@@ -65,10 +64,8 @@ def _least_sampled_scores(engine, replicated, took_part, slot, record, size, ste
             k_draw, record, method.sampling, size, spec.num_items, engine.pool, steps, round_
         )  # fmt: skip
         here = True if took_part is None else took_part.at[slot, round_].get(mode="fill", fill_value=False)
-        batch = all_batches(data)
-        negative = (batch.mask - batch.label) * here
-        item = data.rows[batch.item]
-        return counts.at[item.reshape(-1)].add(negative.reshape(-1), mode="drop")
+        rows, times = data.samples.negatives()
+        return counts.at[data.rows[rows]].add(times * here, mode="drop")
 
     return -jax.lax.fori_loop(0, rounds, one_round, jnp.zeros(spec.num_items))
 

@@ -16,8 +16,13 @@ import numpy as np
 
 from fedjax_rec.data.sampling import Record, draw_local_data, epoch_steps, sizes
 from fedjax_rec.data.splits import Split
-from fedjax_rec.method import Aggregate, Listed, LocalData, Method, Sampling, all_batches
+from fedjax_rec.method import Aggregate, Batch, Listed, LocalData, Method, Sampling
 from fedjax_rec.rounds import SERVER, State, client_key, exchange_key, streams
+
+
+def all_batches(data: LocalData) -> Batch:
+    """Every step's samples [steps, batch]."""
+    return jax.vmap(data.samples.at)(jnp.arange(data.samples.most_steps))
 
 
 def data_on_host(data: LocalData) -> types.SimpleNamespace:

@@ -16,7 +16,7 @@ from fedjax_rec.data.features import Features, align
 from fedjax_rec.evaluate import catalogue_data
 from fedjax_rec.item_sources import Catalogue, catalogue_of, features_of
 from fedjax_rec.item_sources.cold import conditions, nearest_warm, neighbour_means, ridge_map, warm_and_cold
-from fedjax_rec.method import Aggregate, all_batches
+from fedjax_rec.method import Aggregate
 from fedjax_rec.methods import mdifffr
 from fedjax_rec.reference import stacked_features
 from fedjax_rec.rounds import client_key, make_engine, record_at, streams
@@ -168,7 +168,7 @@ def test_the_pull_in_closed_form_is_gradient_descent_on_the_whole_table(case):
     guide, private = start["guide"], jax.tree.map(lambda x: x[0], state.clients)
 
     slow = oracle.Oracle(method, one, pool=warm)
-    batches = all_batches(slow.data(streams(client_key(KEY, jnp.int32(0), jnp.int32(0)))[0], 0, 0))
+    batches = oracle.all_batches(slow.data(streams(client_key(KEY, jnp.int32(0), jnp.int32(0)))[0], 0, 0))
     rate = config.lr * len(warm) * config.eta
 
     def logits(mine, table, item):

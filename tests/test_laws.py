@@ -17,7 +17,6 @@ import pytest
 from fedjax_rec import methods
 from fedjax_rec.data import clients, splits, synthetic
 from fedjax_rec.item_sources import Catalogue
-from fedjax_rec.method import all_batches
 from fedjax_rec.rounds import SERVER, START, Engine, client_key, clients_mesh, make_engine, streams
 from fedjax_rec.types import ITEM_ROLES
 
@@ -393,7 +392,7 @@ def test_uploads_are_finite_and_move_what_the_client_saw(case):
         table = table - shared["item"]
     moved = (np.asarray(table).reshape(ITEMS, -1) != 0).any(axis=1)
     assert moved[slow(case).history(user)].all()
-    batch = all_batches(data)
+    batch = oracle.all_batches(data)
     assert set(np.flatnonzero(moved)) <= set(np.asarray(batch.item)[np.asarray(batch.mask) > 0])
     for leaf in jax.tree.leaves(upload):
         assert np.isfinite(leaf).all()

@@ -160,6 +160,8 @@ def slow_counts(evaluator, rounds, took_part=None) -> np.ndarray:
 CASES = {
     "plain": {},
     "outside all": {"pool": "outside_all"},
+    "the same in every epoch": {"local_epochs": 2},
+    "fresh in every epoch": {"redraw": "epoch", "local_epochs": 2},
     "trained items": {"pool": "trained_items", "draw": "independent", "redraw": "epoch", "local_epochs": 2},
 }
 

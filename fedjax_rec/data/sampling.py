@@ -243,6 +243,14 @@ class Drawn:
             mask.astype(jnp.float32),
         )
 
+    def negatives(self) -> tuple[Int[Array, "draws"], Float[Array, "draws"]]:
+        """The rows drawn as negatives, and how many of a round's samples each of them is: `at` over all steps, in a
+        fraction of its time."""
+        fresh = _fresh(self.sampling)
+        in_use = (self.count.astype(jnp.int32) - self.length) * fresh
+        times = self.sampling.local_epochs // fresh
+        return self.lookup[self.size.history :], jnp.where(jnp.arange(self.size.draws) < in_use, float(times), 0.0)
+
     def _place_of_negative(self, index: Int[Array, "batch"], epoch: Int[Array, ""]) -> Int[Array, "batch"]:
         """Which of the sorted draws is negative `index` of an epoch.
 
