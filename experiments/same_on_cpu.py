@@ -81,13 +81,16 @@ def row(method: str, device: Path, cpu: Path) -> list[str]:
 
 
 def tables() -> str:
-    """All methods, also in OUT/same_on_cpu.md."""
+    """All methods; those that are finished stand in OUT/same_on_cpu.md at any time."""
+    rows, text = [], ""
     # one at a time on the device: processes that share an accelerator wait for each other at every step
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(FLAGS.jobs) as some:
         runs = [(one.submit(train, m, "device"), some.submit(train, m, "cpu")) for m in FLAGS.methods]
-        rows = [row(m, *(run.result() for run in pair)) for m, pair in zip(FLAGS.methods, runs, strict=True)]
-    text = compare.markdown(f"### After {FLAGS.rounds} rounds", HEAD, rows)
-    (Path(FLAGS.out) / "same_on_cpu.md").write_text(text)
+        for method, pair in zip(FLAGS.methods, runs, strict=True):
+            rows.append(row(method, *(run.result() for run in pair)))
+            print(" ".join(rows[-1]), file=sys.stderr, flush=True)
+            text = compare.markdown(f"### After {FLAGS.rounds} rounds", HEAD, rows)
+            (Path(FLAGS.out) / "same_on_cpu.md").write_text(text)
     return text
 
 
