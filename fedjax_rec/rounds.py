@@ -32,7 +32,7 @@ START = np.uint32(2**32 - 1)  # the stream of the state before the first round: 
 CPU_BLOCK_BYTES = 2**18  # a few clients: their rows, changes and batches together stay in one core's L2 cache
 EXCHANGE_CPU_BYTES = 2**22  # whole tables of a few clients
 DEVICE_BLOCK_BYTES = 2**30  # enough clients to occupy an accelerator
-DEVICE_BLOCK_SHARE = 1 / 64  # of its memory, at most: what is in flight takes about eight times a block's rows
+DEVICE_BLOCK_SHARE = 1 / 48  # of its memory, at most: what is in flight takes about eight times a block's rows
 
 
 @struct.dataclass
@@ -93,9 +93,12 @@ def default_block_bytes() -> int:
 
 
 def device_block_bytes() -> int:
-    """Of an accelerator; less where its memory is small."""
+    """Of an accelerator; less where its memory is small. A power of two, so that how much of the memory JAX may take
+    seldom changes it."""
     memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    return min(DEVICE_BLOCK_BYTES, int(DEVICE_BLOCK_SHARE * memory)) if memory else DEVICE_BLOCK_BYTES
+    if not memory:
+        return DEVICE_BLOCK_BYTES
+    return min(DEVICE_BLOCK_BYTES, 2 ** int(np.log2(DEVICE_BLOCK_SHARE * memory)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,7 +112,7 @@ class Engine:
         block_size: clients per block; 0 chooses per bucket so that a block's rows fit the cache (CPU) or occupy
             the device, and that a cohort fills its blocks. Part of a run's identity: sums are ordered by it.
         steps, block: for every bucket, the shapes of one client's step and the clients per block.
-        fixed: for every bucket, whether its loops have a length known when they are compiled (see _fixed).
+        fixed: for every bucket, the steps of an epoch where all its blocks take as many, else 0 (see _fixed).
         buckets: the clients' arrays on the devices.
     """
 
@@ -120,7 +123,7 @@ class Engine:
     sizes: tuple[Sizes, ...]
     steps: tuple[Step, ...]
     block: tuple[int, ...]
-    fixed: tuple[bool, ...]
+    fixed: tuple[int, ...]
     buckets: tuple[Bucket, ...]
     pool: Array | None
 
@@ -276,35 +279,46 @@ def make_engine(
     steps = [_one_step(engine, b) for b in reversed(range(len(size)))]  # what does not fit is said of the widest
     engine = dataclasses.replace(engine, steps=tuple(reversed(steps)))
     engine = dataclasses.replace(engine, block=_blocks(engine, cohort))
-    return dataclasses.replace(engine, fixed=_fixed(engine))
+    return dataclasses.replace(engine, fixed=_fixed(engine, cohort))
 
 
-def _fixed(engine: Engine) -> tuple[bool, ...]:
-    """Whether a bucket that is one block takes as many steps as its longest history may, in every round.
-
-    An accelerator asks the host before every pass of a loop whose length it does not know, and of clients that all lie
-    in one block the longest decides anyway. CPUs ask nobody, and their blocks are small.
-    """
-    known = engine.mesh.devices.flat[0].platform != "cpu"
-    return tuple(known and block >= n for block, n in zip(engine.block, _per_device(engine), strict=True))
-
-
-def _per_device(engine: Engine) -> list[int]:
+def per_device(engine: Engine) -> list[int]:
     """Clients of every bucket on one device."""
     return [b.user.shape[0] // engine.clients.num_devices for b in engine.clients.buckets]
 
 
+def _expected(engine: Engine, cohort: int) -> list[int]:
+    """How many clients of every bucket take part on one device in most rounds."""
+    share = cohort / engine.clients.num_users if cohort else 1.0
+    if share >= 1:
+        return per_device(engine)
+    # what a bucket sends varies: its mean with its standard deviation
+    means = [n * share for n in per_device(engine)]
+    return [min(int(np.ceil(mean + np.sqrt(mean))), n) for mean, n in zip(means, per_device(engine), strict=True)]
+
+
+def _fixed(engine: Engine, cohort: int) -> tuple[int, ...]:
+    """Where a bucket's clients of a round lie in one block on an accelerator: the steps of its longest history, which
+    decides anyway.
+
+    An accelerator asks the host before every pass of a loop whose length it does not know. CPUs ask nobody, and their
+    blocks are small.
+    """
+    if jax.default_backend() == "cpu":
+        return (0,) * len(engine.block)
+    samples = 1 + engine.method.sampling.negatives
+    histories = (int(bucket.length.max()) for bucket in engine.clients.buckets)
+    longest = [max(-(-n * samples // size.batch), 1) for n, size in zip(histories, engine.sizes, strict=True)]
+    each = zip(engine.block, _expected(engine, cohort), longest, strict=True)
+    return tuple(steps if block >= n else 0 for block, n, steps in each)
+
+
 def _blocks(engine: Engine, cohort: int) -> tuple[int, ...]:
     """Clients per block for every bucket."""
-    per_device = _per_device(engine)
     if engine.block_size:
-        return tuple(min(engine.block_size, n) for n in per_device)
-    if cohort and cohort < engine.clients.num_users:
-        # what a bucket sends varies: with its standard deviation one block is mostly enough
-        expected = [n * cohort / engine.clients.num_users for n in per_device]
-        per_device = [min(int(np.ceil(e + np.sqrt(e))), n) for e, n in zip(expected, per_device, strict=True)]
+        return tuple(min(engine.block_size, n) for n in per_device(engine))
     per_row, chosen = row_bytes(engine), []
-    for size, step, n in zip(engine.sizes, engine.steps, per_device, strict=True):
+    for size, step, n in zip(engine.sizes, engine.steps, _expected(engine, cohort), strict=True):
         # what training leaves as it was (views) is held once; clients without tables (of centralised methods) hold
         # what they send
         trained = _bytes({role: value for role, value in step.params.items() if role in ITEM_ROLES})
@@ -556,7 +570,7 @@ def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, coh
             record = record_at(bucket, position, spec.num_users, spec.num_items, pool_size)
             real = record.user < spec.num_users
             slot = bucket.slot.at[position].get(mode="fill", fill_value=slots)
-            steps = np.int32(size.steps) if fixed else epoch_steps(method.sampling, size, record.length.max())
+            steps = np.int32(fixed) if fixed else epoch_steps(method.sampling, size, record.length.max())
             # read where it is written: a second reference to the mail would be a copy
             letters = folded[0] if over_mail else mail
             run = functools.partial(
@@ -574,7 +588,8 @@ def _local_pass(engine: Engine, key, round_, shared, clients, mail, buckets, coh
             }
             return clients, folded, totals
 
-        carry = one_block(0, carry) if fixed else jax.lax.fori_loop(0, cohort.blocks[b][0], one_block, carry)
+        whole = fixed and cohort.positions[b].shape[0] == block
+        carry = one_block(0, carry) if whole else jax.lax.fori_loop(0, cohort.blocks[b][0], one_block, carry)
     clients, folded, totals = carry
     return clients, method.aggregator.merge(folded, AXIS), jax.lax.psum(totals, AXIS)
 
@@ -683,7 +698,7 @@ def _exchange_block(engine: Engine) -> int:
     """Clients whose whole tables are in flight at once, before and after an exchange."""
     budget = EXCHANGE_CPU_BYTES if jax.default_backend() == "cpu" else device_block_bytes()
     fits = max(budget // (3 * engine.clients.num_items * row_bytes(engine)), 1)
-    return int(min(2 ** int(np.log2(fits)), max(_per_device(engine))))
+    return int(min(2 ** int(np.log2(fits)), max(per_device(engine))))
 
 
 def _example_step(engine: Engine, b: int, key, round_, shared, clients, mail, buckets, pool) -> Step:

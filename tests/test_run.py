@@ -71,7 +71,7 @@ def prepared(json_of_layout: str, split: splits.Split) -> run.Experiment:
 @pytest.fixture(autouse=True, scope="module")
 def compile_once():
     """Runs that differ only in their loop share their compiled functions, and all read the same data."""
-    only_loop = ("rounds", "eval_every", "ks", "select_metric", "patience", "checkpoint_every", "clients_per_round")
+    only_loop = ("rounds", "eval_every", "ks", "select_metric", "patience", "checkpoint_every")
 
     def shared(config, given=None):
         layout = {k: v for k, v in dataclasses.asdict(config).items() if k not in only_loop}
@@ -792,9 +792,15 @@ def test_dense_graphs_count_in_memory():
     assert min(need["bm3"], need["pgl"]) - need["vbpr"] > 20 * USERS * ITEMS
 
 
+def test_blocks_are_made_for_the_cohort():
+    everybody, few = (run.prepare(config(clients_per_round=n)).engine for n in (0, 4))
+    assert everybody.block == (USERS,) and few.block == (6,)  # 4 and their standard deviation
+
+
+@pytest.mark.parametrize("cohort", [0, 4])
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
-def test_a_block_that_does_not_fit_is_answered_with_one_that_does(monkeypatch, share):
-    engine = run.prepare(config()).engine
+def test_a_block_that_does_not_fit_is_answered_with_one_that_does(monkeypatch, share, cohort):
+    engine = run.prepare(config(clients_per_round=cohort, max_buckets=3)).engine
     need = engine.memory_bytes()
     have = int(need["total"] - need["block"] + share * need["block"])
     said = remedy(monkeypatch, engine, have)

@@ -17,7 +17,7 @@ NEGATIVE_POOLS: dict[str, str] = {
 }
 MAX_BUCKETS = 4
 BUCKET_COST = 0.02  # one more bucket must save this share of all slots to be worth its compilation
-BUCKET_SLOTS = 20_000  # and so many, where their number is left open: its compilation is worth some 1,000 rounds
+BUCKET_SLOTS = 10_000  # where their number is left open: the second must save so many, the third twice that, and so on
 
 
 class Bucket(NamedTuple):
@@ -101,16 +101,17 @@ def bucket_widths(lengths: np.ndarray, max_buckets: int = 0) -> list[int]:
     slots is not made.
 
     Args:
-        max_buckets: 0 for at most MAX_BUCKETS, of which each also saves BUCKET_SLOTS.
+        max_buckets: 0 for at most MAX_BUCKETS that are worth their compilation (see BUCKET_SLOTS).
     """
     longest = int(lengths.max(initial=1))
     steps = [quarter * 2**p for p in range(longest.bit_length()) for quarter in (4, 5, 6, 7)]
     widths = steps[: int(np.searchsorted(steps, longest)) + 1]
     upto = [int((lengths <= w).sum()) for w in widths]
-    penalty = max(BUCKET_COST * max(int(lengths.sum()), 1), 0 if max_buckets else BUCKET_SLOTS)
+    least = BUCKET_COST * max(int(lengths.sum()), 1)
     best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(-1, 0): (0.0, ())}
     for last in range(len(widths)):
         for used in range(1, (max_buckets or MAX_BUCKETS) + 1):
+            penalty = least if max_buckets else max(least, BUCKET_SLOTS * (used - 1))
             choices = [
                 (cost + (upto[last] - (upto[prev] if prev >= 0 else 0)) * widths[last] + penalty, chosen)
                 for (prev, n), (cost, chosen) in best.items()

@@ -65,7 +65,7 @@ def test_everybody_once_with_their_own_history(devices, max_buckets):
 
 @pytest.mark.parametrize("devices", [1, 3, 4, 60])
 def test_users_have_their_places_on_the_devices(devices):
-    built = clients.build(make_split(), num_devices=devices)
+    built = clients.build(make_split(), num_devices=devices, max_buckets=4)
     assert built.num_slots == built.users_per_device * devices >= USERS
     assert len(set(built.slots)) == USERS and built.slots.min() >= 0 and built.slots.max() < built.num_slots
     np.testing.assert_array_equal(built.users[built.slots], np.arange(USERS))
@@ -98,7 +98,7 @@ def test_devices_have_as_much_to_do_when_users_are_sorted_by_activity(devices):
 
 
 def test_padding_clients_are_empty():
-    built = clients.build(make_split(), num_devices=4, negative_pool="outside_all")
+    built = clients.build(make_split(), num_devices=4, max_buckets=4, negative_pool="outside_all")
     padding = [(b, row) for b in built.buckets for row in np.flatnonzero(b.user == USERS)]
     assert padding
     for bucket, row in padding:
@@ -109,7 +109,7 @@ def test_padding_clients_are_empty():
 @pytest.mark.parametrize("devices", [1, 4])
 def test_padding_fraction_is_counted_over_all_slots(devices):
     split = make_split()
-    built = clients.build(split, num_devices=devices)
+    built = clients.build(split, num_devices=devices, max_buckets=4)
     slots = sum(b.history.size for b in built.buckets)
     filled = sum((b.history < ITEMS).sum() for b in built.buckets)
     assert filled == len(split.train.item)
@@ -130,8 +130,10 @@ def test_more_buckets_waste_less():
 def test_buckets_that_are_left_open_are_worth_their_compilation():
     lengths = np.concatenate([np.full(500, 4), np.full(100, 30), [1000]])
     assert clients.bucket_widths(lengths, 4) == [4, 32, 1024]
-    assert clients.bucket_widths(lengths) == [32, 1024]  # a third one would save 14,000 slots
+    assert clients.bucket_widths(lengths) == [32, 1024]  # a third one would save 14,000 slots, a second saves 595,200
     assert clients.bucket_widths(np.tile(lengths, 2)) == [4, 32, 1024]
+    assert clients.bucket_widths(np.repeat([4, 32], [300, 10])) == [32]  # 8,400
+    assert clients.bucket_widths(np.repeat([4, 32], [400, 10])) == [4, 32]
 
 
 @pytest.mark.parametrize("lengths", [[0], [1], [4], [5], [8, 9], [0, 1024], [1025]])
@@ -146,7 +148,7 @@ def test_the_widest_bucket_holds_the_longest_history(lengths):
 def test_what_may_be_drawn(pool, cold, devices):
     """In item ids: the pool minus the forbidden positions is what the name of the pool says."""
     split = make_split(cold=cold)
-    built = clients.build(split, negative_pool=pool, num_devices=devices)
+    built = clients.build(split, negative_pool=pool, num_devices=devices, max_buckets=4)
     candidates = set(range(ITEMS)) if built.pool is None else set(built.pool.tolist())
     allowed = set(np.flatnonzero(split.candidates["train"])) if cold else set(range(ITEMS))
     if pool == "trained_items":
@@ -169,7 +171,9 @@ def test_what_may_be_drawn(pool, cold, devices):
 
 
 def test_the_default_pool_stores_no_second_list():
-    assert all(b.forbidden is None and b.num_forbidden is None for b in clients.build(make_split()).buckets)
+    assert all(
+        b.forbidden is None and b.num_forbidden is None for b in clients.build(make_split(), max_buckets=4).buckets
+    )
 
 
 def test_nobody_has_training_items():
@@ -177,7 +181,7 @@ def test_nobody_has_training_items():
     none = Pairs(np.zeros(0, np.int32), np.zeros(0, np.int32))
     empty = Split("given", 6, ITEMS, none, split.valid, split.test, None, "")
     for pool in ("outside_train", "outside_all"):
-        built = clients.build(empty, negative_pool=pool)
+        built = clients.build(empty, negative_pool=pool, max_buckets=4)
         assert built.padding_fraction == 1
         assert sorted(user for user, _, _ in by_user(built)) == list(range(6))
         assert not any(b.length.any() for b in built.buckets)
