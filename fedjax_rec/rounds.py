@@ -306,9 +306,10 @@ def _fixed(engine: Engine, cohort: int) -> tuple[int, ...]:
     """
     if jax.default_backend() == "cpu":
         return (0,) * len(engine.block)
-    samples = 1 + engine.method.sampling.negatives
-    histories = (int(bucket.length.max()) for bucket in engine.clients.buckets)
-    longest = [max(-(-n * samples // size.batch), 1) for n, size in zip(histories, engine.sizes, strict=True)]
+    longest = [
+        int(epoch_steps(engine.method.sampling, size, jnp.int32(bucket.length.max())))
+        for bucket, size in zip(engine.clients.buckets, engine.sizes, strict=True)
+    ]
     each = zip(engine.block, _expected(engine, cohort), longest, strict=True)
     return tuple(steps if block >= n else 0 for block, n, steps in each)
 
