@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec as P
 from fedjax_rec.data.clients import row_offsets
 from fedjax_rec.data.splits import Split
 from fedjax_rec.experiment import Experiment, RunConfig, check_memory, prepare
+from fedjax_rec.layout import AXIS
 from fedjax_rec.method import Method
-from fedjax_rec.rounds import AXIS, State, local_round, publish, server_step
+from fedjax_rec.rounds import State, local_round, publish, server_step
 from fedjax_rec.system import device_name, peak_memory_bytes, versions
 from fedjax_rec.validate import positive
 from fedjax_rec.workdir import write_json

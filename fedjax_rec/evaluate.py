@@ -18,24 +18,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from fedjax_rec.client_step import local_step, record_at, restrict_client
 from fedjax_rec.data.clients import padded_rows, row_offsets
 from fedjax_rec.data.sampling import Record, Sizes, epoch_steps
 from fedjax_rec.data.splits import Pairs, Split
+from fedjax_rec.layout import AXIS
 from fedjax_rec.method import Batch, Listed, LocalData
+from fedjax_rec.precision import in_float32
 from fedjax_rec.protocols import HONEST, Protocol
 from fedjax_rec.roles import item_roles, put_rows
-from fedjax_rec.rounds import (
-    AXIS,
-    Cohort,
-    Engine,
-    State,
-    in_float32,
-    local_step,
-    publish,
-    record_at,
-    restrict_client,
-    row_bytes,
-)
+from fedjax_rec.rounds import Cohort, Engine, State, publish
 from fedjax_rec.types import PRNGKey, PyTree
 
 TOP = 10  # length of the lists behind coverage and popularity bias
@@ -197,7 +189,7 @@ def rank_of(
 def _eval_block(engine: Engine, scorer: Scorer, width: int) -> int:
     """Clients scored at once, so that their score vectors and private tables fit the cache or the device."""
     items = engine.clients.num_items
-    tables = row_bytes(engine) if scorer is method_scorer else 0
+    tables = engine.row_bytes() if scorer is method_scorer else 0
     budget = CPU_BLOCK_BYTES if jax.default_backend() == "cpu" else DEVICE_BLOCK_BYTES
     block = max(budget // (items * (16 + 2 * tables)), 1)
     return int(min(2 ** int(np.log2(block)), width))

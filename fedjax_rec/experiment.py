@@ -27,7 +27,7 @@ from fedjax_rec.method import Method
 from fedjax_rec.methods import METHODS, assemble, check_name, make_config
 from fedjax_rec.privacy import mechanisms
 from fedjax_rec.protocols import Protocol, describe, protocol
-from fedjax_rec.rounds import Cohort, Engine, make_engine, per_device
+from fedjax_rec.rounds import Cohort, Engine, make_engine
 from fedjax_rec.system import available_bytes, device_name, spare_maps
 from fedjax_rec.validate import between, one_of, positive
 from fedjax_rec.workdir import UsageError
@@ -375,7 +375,7 @@ def _fitting_setting(engine: Engine, need: dict[str, int], have: int) -> str:
     block = max(engine.block)
     while block > 1:
         block //= 2
-        smaller = tuple(min(block, n) for n in per_device(engine))  # what the flag gives
+        smaller = tuple(min(block, n) for n in engine.per_device())  # what the flag gives
         if dataclasses.replace(engine, block=smaller).memory_bytes()["total"] <= have:
             return f"set --block_size={block}"
     # everything but the data is proportional to the width, or nearly

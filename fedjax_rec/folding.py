@@ -20,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from fedjax_rec.client_step import START, client_key, local_step, store_clients
 from fedjax_rec.data.sampling import MAX_SAMPLES, Record, Sizes, epoch_steps, sizes
 from fedjax_rec.evaluate import method_scorer
 from fedjax_rec.method import Client
-from fedjax_rec.rounds import START, Engine, client_key, in_float32, local_step, store_clients
+from fedjax_rec.precision import in_float32
+from fedjax_rec.rounds import Engine
 from fedjax_rec.types import Params, PRNGKey
 from fedjax_rec.validate import positive
 from fedjax_rec.workdir import UsageError

@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fedjax_rec import folding
+from fedjax_rec.client_step import record_at
 from fedjax_rec.data import readers, splits
 from fedjax_rec.data.clients import deal, row_offsets
 from fedjax_rec.data.features import Features
@@ -33,7 +34,9 @@ from fedjax_rec.data.sampling import epoch_steps
 from fedjax_rec.data.splits import TIE_RULES, Split
 from fedjax_rec.evaluate import client_model
 from fedjax_rec.experiment import Experiment, RunConfig, given_features, load_data, prepare
-from fedjax_rec.rounds import AXIS, Engine, State, in_float32, publish, record_at
+from fedjax_rec.layout import AXIS
+from fedjax_rec.precision import in_float32
+from fedjax_rec.rounds import Engine, State, publish
 from fedjax_rec.run import check_same_data, config_of, restore, train_state
 from fedjax_rec.types import ITEM_ROLES, Params, PyTree
 from fedjax_rec.validate import nearest, whole_number

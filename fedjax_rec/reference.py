@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from fedjax_rec.client_step import client_key, streams
 from fedjax_rec.data.features import Features
 from fedjax_rec.data.sampling import draw_local_data
 from fedjax_rec.data.splits import Split
 from fedjax_rec.evaluate import Evaluator, Ranks
 from fedjax_rec.item_sources import directions
-from fedjax_rec.rounds import Cohort, client_key, streams
+from fedjax_rec.rounds import Cohort
 from fedjax_rec.types import PRNGKey
 
 RANKERS: dict[str, Callable[[Evaluator, Cohort | None], Ranks | None]] = {}

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_rec.client_step import SERVER, client_key, streams
 from fedjax_rec.data.sampling import Record, draw_local_data, epoch_steps, sizes
 from fedjax_rec.data.splits import Split
+from fedjax_rec.exchange import exchange_key
 from fedjax_rec.method import Aggregate, Batch, Listed, LocalData, Method, Sampling
-from fedjax_rec.rounds import SERVER, State, client_key, exchange_key, streams
+from fedjax_rec.rounds import State
 
 
 def all_batches(data: LocalData) -> Batch:

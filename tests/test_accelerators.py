@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fedjax_rec import benchmark, evaluate, rounds, run, system
+from fedjax_rec import benchmark, evaluate, layout, rounds, run, system
 from fedjax_rec.data import splits, synthetic
 from fedjax_rec.run import RunConfig
 
@@ -65,7 +65,7 @@ def test_no_loop_of_a_round_asks_the_host(method):
 def test_blocks_fit_an_accelerators_memory(monkeypatch):
     def asked(stats):
         monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(memory_stats=lambda: stats)])
-        return rounds.device_block_bytes()
+        return layout.device_block_bytes()
 
     assert asked({"bytes_limit": 80 * 2**30}) == asked(None) == 2**30
     # 16 GB, of which JAX takes 75 or 95 %
@@ -86,7 +86,7 @@ def test_loops_are_fixed_where_an_accelerator_has_one_block(monkeypatch, platfor
     engine = ready("fedmf", settings={"batch_size": 16}).engine
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     longest = int(engine.clients.buckets[0].length.max())
-    assert rounds._fixed(dataclasses.replace(engine, block=(block,)), cohort) == (-(-longest * 5 // 16) * fixed,)
+    assert layout.fixed_steps(dataclasses.replace(engine, block=(block,)), cohort) == (-(-longest * 5 // 16) * fixed,)
     assert engine.fixed == (0,)
 
 
@@ -138,7 +138,7 @@ def test_a_table_that_is_published_as_it_is_is_not_copied():
 
 
 def test_bandwidth_is_that_of_all_devices_of_the_mesh(monkeypatch):
-    mesh, calls = rounds.clients_mesh(4), []
+    mesh, calls = layout.clients_mesh(4), []
     monkeypatch.setattr(benchmark, "COPY_BYTES", 2**12)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(benchmark.time, "perf_counter", itertools.count().__next__)

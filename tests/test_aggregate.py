@@ -9,7 +9,7 @@ import pytest
 
 from fedjax_rec import aggregate, methods, rounds
 from fedjax_rec.data import clients, splits, synthetic
-from fedjax_rec.rounds import clients_mesh
+from fedjax_rec.layout import clients_mesh
 
 ITEMS, CLIENTS, ROWS = 9, 6, 4
 WEIGHTS = np.array([1.0, 3.0, 0.5, 2.0, 7.0, 0.0], np.float32)  # the last one is padding

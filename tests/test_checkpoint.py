@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fedjax_rec.checkpoint import KEEP, Checkpoints
-from fedjax_rec.rounds import clients_mesh
+from fedjax_rec.layout import clients_mesh
 from fedjax_rec.workdir import UsageError
 
 

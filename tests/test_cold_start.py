@@ -11,6 +11,7 @@ import oracle
 import pytest
 
 from fedjax_rec import methods, run
+from fedjax_rec.client_step import client_key, record_at, streams
 from fedjax_rec.data import clients, splits, synthetic
 from fedjax_rec.data.features import Features, align
 from fedjax_rec.evaluate import catalogue_data
@@ -19,7 +20,7 @@ from fedjax_rec.item_sources.cold import conditions, nearest_warm, neighbour_mea
 from fedjax_rec.method import Aggregate
 from fedjax_rec.methods import mdifffr
 from fedjax_rec.reference import stacked_features
-from fedjax_rec.rounds import client_key, make_engine, record_at, streams
+from fedjax_rec.rounds import make_engine
 
 USERS, ITEMS, KEY = 12, 60, jax.random.key(2)
 SMALL = {"dim": 4, "batch_size": 16, "negatives": 2}

@@ -13,11 +13,12 @@ import oracle
 import pytest
 
 from fedjax_rec import evaluate, methods, metrics
+from fedjax_rec.client_step import client_key, record_at
 from fedjax_rec.data import clients, splits, synthetic
 from fedjax_rec.data.sampling import draw_local_data, epoch_steps
 from fedjax_rec.evaluate import make_evaluator, rank_of
 from fedjax_rec.protocols import HONEST, Protocol
-from fedjax_rec.rounds import client_key, make_engine, record_at
+from fedjax_rec.rounds import make_engine
 
 USERS, ITEMS = 30, 70
 KEY = jax.random.key(3)

@@ -15,9 +15,11 @@ import oracle
 import pytest
 
 from fedjax_rec import methods
+from fedjax_rec.client_step import SERVER, START, client_key, streams
 from fedjax_rec.data import clients, splits, synthetic
 from fedjax_rec.item_sources import Catalogue
-from fedjax_rec.rounds import SERVER, START, Engine, client_key, clients_mesh, make_engine, streams
+from fedjax_rec.layout import clients_mesh
+from fedjax_rec.rounds import Engine, make_engine
 from fedjax_rec.types import ITEM_ROLES
 
 USERS, ITEMS, EMPTY = 41, 200, 5  # user EMPTY has no training item

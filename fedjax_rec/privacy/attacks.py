@@ -30,9 +30,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from fedjax_rec.client_step import local_step, record_at
 from fedjax_rec.data.sampling import epoch_steps
 from fedjax_rec.method import Method, Server
-from fedjax_rec.rounds import Engine, State, local_step, publish, record_at
+from fedjax_rec.rounds import Engine, State, publish
 from fedjax_rec.types import ITEM_ROLES, PRNGKey, PyTree
 from fedjax_rec.validate import between
 
