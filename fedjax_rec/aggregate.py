@@ -107,6 +107,15 @@ def _moved(upload: PyTree) -> Float[Array, "block rows"]:
     return jnp.any(jnp.stack(flags), axis=0).astype(jnp.float32)
 
 
+WEIGHTS = {"equal": equal, "by_size": by_size}
+"""How a client counts in a mean: name -> its weight."""
+
+
+def mean_of(weighting: str) -> Aggregator:
+    """The mean of the uploads: a name of WEIGHTS, or `by_row` for per_row_mean."""
+    return per_row_mean() if weighting == "by_row" else weighted_mean(WEIGHTS[weighting])
+
+
 def stacked(weight: Callable[[LocalData], Float[Array, ""]] = equal) -> Aggregator:
     """Keeps every client's upload apart, [clients, ...], with zeros for absent clients and untouched rows.
 

@@ -39,7 +39,8 @@ class LocalConfig:
         server_optimizer, server_lr: applied to the mean change (Reddi et al. 2021); sgd with rate 1 is averaging.
         init_std: standard deviation of item vectors at the start.
         negatives, batch_size, local_epochs, redraw, draw: see Sampling.
-        weighting: clients count `equal` or `by_size`.
+        weighting: clients count `equal` or `by_size`; or `by_row`, where each row of an item table is averaged over the
+            clients that moved it alone, so that the item rate has no factor `clients` (see aggregate.per_row_mean).
         evaluate_at: see Method.
         client_init: private roles start from each client's own draw (`random`) or from one draw (`shared`).
     """
@@ -60,7 +61,7 @@ class LocalConfig:
     evaluate_at: str = "post_aggregate"
     client_init: str = "random"
 
-    WEIGHTINGS: ClassVar[tuple[str, ...]] = ("equal", "by_size")
+    WEIGHTINGS: ClassVar[tuple[str, ...]] = ("equal", "by_size", "by_row")
 
     def __post_init__(self):
         for name in ("dim", "lr", "item_lr_scale", "server_lr", "negatives", "local_epochs"):
@@ -95,7 +96,7 @@ class LocalConfig:
     @property
     def rate_counts_clients(self) -> bool:
         """Whether the items' local rate has the factor `clients`."""
-        return self.optimizer != "adam"
+        return self.optimizer != "adam" and self.weighting != "by_row"
 
     def item_lr(self, num_users: int) -> float:
         return self.lr * self.item_lr_scale * (num_users if self.rate_counts_clients else 1)
@@ -141,7 +142,6 @@ def sharing_method(
         aggregator: default: mean of the changes, weighted as config.weighting says.
         rows: see Method.
     """
-    weight = {"equal": aggregate.equal, "by_size": aggregate.by_size}[config.weighting]
     optimizer = SERVER_OPTIMIZERS[config.server_optimizer](config.server_lr)
     key_spec = jax.eval_shape(lambda: jax.random.key(0))
     shared_roles = tuple(jax.eval_shape(init_shared, key_spec))
@@ -177,7 +177,7 @@ def sharing_method(
         upload=upload,
         server_update=server_update,
         score=lambda shared, params, data: score(params),
-        aggregator=aggregator or aggregate.weighted_mean(weight),
+        aggregator=aggregator or aggregate.mean_of(config.weighting),
         sampling=config.sampling(),
         evaluate_at=config.evaluate_at,
         rows=rows,

@@ -20,6 +20,7 @@ from fedjax_rec.data.splits import Split
 from fedjax_rec.exchange import exchange_key
 from fedjax_rec.method import Aggregate, Batch, Listed, LocalData, Method, Sampling
 from fedjax_rec.rounds import State
+from fedjax_rec.types import ITEM_ROLES
 
 
 def all_batches(data: LocalData) -> Batch:
@@ -64,7 +65,8 @@ class Oracle:
             sent.append(upload)
             weights.append(float(weight))
             infos.append(info)
-        value = stacked(state.mail, sent, weights, users) if over_mail else weighted_mean(sent, weights)
+        mean = by_row_mean if getattr(self.method.config, "weighting", None) == "by_row" else weighted_mean
+        value = stacked(state.mail, sent, weights, users) if over_mail else mean(sent, weights)
         received = Aggregate(value, jnp.float32(sum(weights)), jnp.float32(len(weights)))
         server, mail = self.method.server_update(k_server, state.server, received)
         info = {name: np.mean([float(i[name]) for i in infos]) for name in infos[0]}
@@ -177,6 +179,20 @@ def weighted_mean(sent: list, weights: list[float]):
     total = sum(weights)
     add_up = lambda *leaves: sum(w * np.asarray(x, np.float64) for w, x in zip(weights, leaves, strict=True))
     return jax.tree.map(lambda *leaves: jnp.asarray(add_up(*leaves) / total, jnp.float32), *sent)
+
+
+def by_row_mean(sent: list, weights: list[float]):
+    """weighted_mean, but each row of an item table over those who moved it, in float64."""
+
+    def rows(*leaves):
+        moved = np.stack([np.any(x != 0, axis=tuple(range(1, np.ndim(x)))) for x in leaves])
+        total = np.sum(np.asarray(leaves, np.float64), 0)
+        share = 1.0 / np.maximum(moved.sum(0), 1)
+        return jnp.asarray(total * share.reshape(-1, *[1] * (total.ndim - 1)), jnp.float32)
+
+    plain = weighted_mean(sent, weights)
+    tables = {role: [one[role] for one in sent] for role in ITEM_ROLES & sent[0].keys()}
+    return plain | {role: jax.tree.map(rows, *each) for role, each in tables.items()}
 
 
 def stacked(mail, sent: list, weights: list[float], users):

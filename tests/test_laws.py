@@ -77,6 +77,7 @@ SPECIAL = {name: NAMED[name] for name in KIN} | {
         | {"item_lr_scale": 20.0}  # a row's few clients are averaged with all: small changes are mostly rounding
         | {"client_init": "shared", **TWICE, **TOWER},
     ),
+    "rows by who moved them": Case("fedncf", {**TOWER, "weighting": "by_row", "item_lr_scale": 2.0}),
     "regularised": Case("fedmf", {"l2": 0.02, "user_init_std": 0.3}),
     "fresh negatives": Case("fedrap", {**TWICE, "rate_decay": 0.9}, "trained_items"),
     "whole table": Case("fedrap", {"regularise": "table", "batch_size": 0}),

@@ -207,6 +207,14 @@ def test_clients_that_go_on_from_what_they_sent_are_refused():
         private(built("cofedrec"), Mechanism("laplace", noise=0.1), USERS)
 
 
+def test_noise_on_every_row_does_not_go_with_a_mean_over_those_who_moved_it():
+    by_row = built("fedmf", weighting="by_row")
+    with pytest.raises(ValueError, match="weighting=by_row with dp_mechanism=laplace: noise moves every row"):
+        private(by_row, Mechanism("laplace", noise=0.1), USERS)
+    private(by_row, Mechanism("laplace", noise=0.1, rows="touched"), USERS)
+    private(by_row, Mechanism("laplace", clip=0.1), USERS)  # a bound without noise moves nothing
+
+
 def test_the_exchange_of_fedrkg_is_noised_once_for_all():
     plain = built("fedrkg", guidance="kg")
     noisy = private(plain, Mechanism("laplace", noise=0.5), USERS)

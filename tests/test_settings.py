@@ -61,7 +61,16 @@ def test_settings_may_be_numpys():
     assert (said.dim, said.lr, said.layers) == (8, 0.5, (4, 2)) and type(said.dim) is int
 
 
-def test_adams_steps_do_not_grow_with_the_clients():
+@pytest.mark.parametrize("other", [{"optimizer": "adam"}, {"weighting": "by_row"}])
+def test_item_rates_count_the_clients_only_where_a_mean_over_all_undoes_it(other):
     settings = {"lr": 0.1, "item_lr_scale": 0.5}
     assert methods.make_config("fedmf", settings).item_lr(300) == pytest.approx(15.0)
-    assert methods.make_config("fedmf", {**settings, "optimizer": "adam"}).item_lr(300) == pytest.approx(0.05)
+    assert methods.make_config("fedmf", {**settings, **other}).item_lr(300) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("method", ["ipfedrec", "fedvlr", "gpfedrec"])
+def test_weighting_by_row_is_refused_where_it_means_nothing(method):
+    with pytest.raises(ValueError, match="weighting='by_row': expected"):
+        methods.make_config(method, {"weighting": "by_row"})
+    with pytest.raises(ValueError, match="weighting='by_row': expected"):
+        methods.make_config("fedrkg", {"weighting": "by_row", "backbone": "fedncf", "scorer": "shared"})

@@ -140,6 +140,7 @@ class Config(LocalConfig):
             one_of("optimizer", self.optimizer, ("sgd",))
         if not (self.backbone == "fedncf" and self.scorer == "shared"):
             one_of("weighting", self.weighting, ("equal",))  # P_g is the plain mean
+        one_of("weighting", self.weighting, ("equal", "by_size"))  # rows travel in guidance rounds alone
         if self.step_noise:
             one_of("optimizer", self.optimizer, ("sgd",))
             if not self.clip_norm:
@@ -282,7 +283,6 @@ def fedrkg(config: Config, num_users: int, num_items: int, name: str = "fedrkg")
         sampling=dataclasses.replace(config.sampling(), local_epochs=config.gate_epochs, redraw="round"),
         roles=("guide",),
     )
-    weight = {"equal": aggregate.equal, "by_size": aggregate.by_size}[config.weighting]
     return Method(
         name=name,
         init_server=init_server,
@@ -296,7 +296,7 @@ def fedrkg(config: Config, num_users: int, num_items: int, name: str = "fedrkg")
         ),
         server_update=lambda key, server, received: (stepped(server, received.value), ()),
         score=lambda shared, params, data: backbone.predict(params, params["own_item"]),
-        aggregator=aggregate.weighted_mean(weight),
+        aggregator=aggregate.mean_of(config.weighting),
         sampling=config.sampling(),
         evaluate_at=config.evaluate_at,
         rows="all" if config.step_noise else "touched",

@@ -201,7 +201,7 @@ def multimodal(config: Config, num_users: int, num_items: int, name: str, catalo
     module = views.fusion(config.operators, config.dim, layer_norm=config.layer_norm)
     if config.weighting == "backbone":
         config = dataclasses.replace(config, weighting=backbone.weighting)
-    weight = {"equal": aggregate.equal, "by_size": aggregate.by_size}[config.weighting]
+    counts = aggregate.WEIGHTS[config.weighting]
     averaging = SERVER_OPTIMIZERS[config.server_optimizer](config.server_lr)
     client = ClientSide(config, backbone, num_users)
     optimizer = _server_optimizer(config, num_users)
@@ -249,7 +249,7 @@ def multimodal(config: Config, num_users: int, num_items: int, name: str, catalo
     def upload(key, shared, params, update, data):
         kept = {role: params[role] for role in params if role not in shared}
         # squared weights tell the server the variance of a weighted mean of noise
-        return kept, {**update, "weight": weight(data)} if config.noise_std else update
+        return kept, {**update, "weight": counts(data)} if config.noise_std else update
 
     def server_update(key, server, received):
         sent = dict(received.value)
@@ -305,7 +305,7 @@ def multimodal(config: Config, num_users: int, num_items: int, name: str, catalo
         upload=upload,
         server_update=server_update,
         score=score,
-        aggregator=aggregate.weighted_mean(weight),
+        aggregator=aggregate.mean_of(config.weighting),
         sampling=config.sampling(),
         evaluate_at=config.evaluate_at,
         client_init=config.client_init,

@@ -74,6 +74,7 @@ class Config(LocalConfig):
         super().__post_init__()
         one_of("optimizer", self.optimizer, ("sgd",))
         one_of("server_optimizer", self.server_optimizer, ("sgd",))
+        one_of("weighting", self.weighting, ("equal", "by_size"))  # the pull moves all rows of everybody
         one_of("evaluate_at", self.evaluate_at, ("post_aggregate",))  # the pull moves rows that evaluation leaves out
         widths("layers", self.layers)
         for name in ("attribute_lr", "attribute_steps", "user_lr_scale"):

@@ -76,8 +76,8 @@ def private(method: Method, mechanism: Mechanism, num_users: int, *, per_client:
         per_client: every client draws its own noise, even where the sum of all can be drawn at once.
 
     Raises:
-        ValueError: for a method with noise of its own on uploads, or whose clients keep what they send; when it is
-            traced, for one that sends ids.
+        ValueError: for a method with noise of its own on uploads, whose clients keep what they send, or whose server
+            asks who moved a row; when it is traced, for one that sends ids.
     """
     if method.keeps_upload:
         raise ValueError(
@@ -90,6 +90,11 @@ def private(method: Method, mechanism: Mechanism, num_users: int, *, per_client:
             "uploads; leave one of both out"
         )
     noisy, dense = bool(mechanism.noise), mechanism.rows == "all"
+    if noisy and dense and getattr(method.config, "weighting", None) == "by_row":
+        raise ValueError(
+            f"weighting=by_row with dp_mechanism={mechanism.kind}: noise moves every row of what a client sends, so that "
+            "each would be the mean over all clients; set weighting=equal, or dp_rows=touched"
+        )
     at_once = noisy and dense and can_be_summed(method.aggregator) and not per_client
 
     def upload(key, shared, params, update, data):
