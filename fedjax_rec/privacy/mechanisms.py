@@ -92,8 +92,8 @@ def private(method: Method, mechanism: Mechanism, num_users: int, *, per_client:
     noisy, dense = bool(mechanism.noise), mechanism.rows == "all"
     if noisy and dense and getattr(method.config, "weighting", None) == "by_row":
         raise ValueError(
-            f"weighting=by_row with dp_mechanism={mechanism.kind}: noise moves every row of what a client sends, so that "
-            "each would be the mean over all clients; set weighting=equal, or dp_rows=touched"
+            f"weighting=by_row with dp_mechanism={mechanism.kind}: noise moves every row of what a client sends, so "
+            "that each would be the mean over all clients; set weighting=equal, or dp_rows=touched"
         )
     at_once = noisy and dense and can_be_summed(method.aggregator) and not per_client
 
