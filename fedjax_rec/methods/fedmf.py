@@ -13,6 +13,8 @@ multimodal papers use them: a pointwise loss on implicit feedback. The three nam
     fedmf   equal weights, user bias
     fedavg  weights by data size, user bias
 
+With `weighting=by_row` row i moves by the mean of Q_ui - Q_i over the clients that moved it.
+
 Deviations: FCF's closed-form user solution and its gradient-only uploads are replaced by local SGD. The released
 code's other habits are settings: `client_init=shared`, `item_lr_scale`.
 """
