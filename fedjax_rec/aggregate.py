@@ -98,7 +98,7 @@ def per_row_mean(weight: Callable[[LocalData], Float[Array, ""]] = equal) -> Agg
         }
         return Aggregate(mean, weight_sum, count)
 
-    return Aggregator(init, add, lambda state, axis: jax.lax.psum(state, axis), finish, weight)
+    return Aggregator(init, add, lambda state, axis: jax.lax.psum(state, axis), finish, weight, by_row=True)
 
 
 def _moved(upload: PyTree) -> Float[Array, "block rows"]:

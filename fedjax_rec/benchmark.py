@@ -218,7 +218,7 @@ def numpy_loop_seconds(
 def _numpy_round(rng, table, heads, split: Split, offsets, users, method: Method, two_steps: bool) -> None:
     """One round: each of `users` draws, trains on its rows and adds its change into the sum."""
     sampling, lr = method.sampling, np.float32(0.1)
-    total = np.zeros_like(table)
+    total, moved = np.zeros_like(table), np.zeros(len(table), np.float32)
     for user in users:
         history = split.train.item[offsets[user] : offsets[user + 1]]
         if not len(history):
@@ -249,7 +249,9 @@ def _numpy_round(rng, table, heads, split: Split, offsets, users, method: Method
                 weight -= step[0]
                 bias -= step[1]
         total[rows] += local - table[rows]
-    table += total / len(users)
+        moved[rows] += 1
+    by_row = method.aggregator.by_row
+    table += total / (np.maximum(moved, 1)[:, None] if by_row else len(users))
 
 
 def _error(vectors, weight, bias, label):

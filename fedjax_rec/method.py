@@ -121,6 +121,7 @@ class Aggregator(NamedTuple):
         ids instead, [users, ...].
     is_mean: `finish` gives the sum of w_k upload_k over the sum of w_k and nothing else, so that noise on uploads may
         be drawn for all of them at once (privacy/mechanisms.py).
+    by_row: asks which rows of an upload are not zero, so that noise on all of them would change what it does.
     """
 
     init: Callable[..., PyTree]
@@ -131,6 +132,7 @@ class Aggregator(NamedTuple):
     over_mail: bool = False
     by_client: bool = False
     is_mean: bool = False
+    by_row: bool = False
 
 
 class Exchange(NamedTuple):

@@ -22,6 +22,9 @@ from fedjax_rec.roles import difference
 from fedjax_rec.types import Params, PRNGKey, PyTree
 from fedjax_rec.validate import one_of, positive
 
+BY_CLIENT = ("equal", "by_size")
+"""Weightings of whole clients: where a client moves every row, or rates count other things than clients."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LocalConfig:
@@ -34,7 +37,8 @@ class LocalConfig:
             the server's mean, of which a row's few clients are only a small part, so that one setting serves
             data sets of any size. It is all clients also where few take part: a round then moves items by as much in
             the mean, in fewer and larger steps, and cohorts below a hundredth want a smaller scale. Adam's steps have
-            the size of their rate: there the factor is left out, and server_lr undoes the mean.
+            the size of their rate: there the factor is left out, and server_lr undoes the mean. It is left out with
+            weighting=by_row, too.
         optimizer: local optimiser, a name in roles.OPTIMIZERS, made anew each round.
         server_optimizer, server_lr: applied to the mean change (Reddi et al. 2021); sgd with rate 1 is averaging.
         init_std: standard deviation of item vectors at the start.
@@ -61,7 +65,7 @@ class LocalConfig:
     evaluate_at: str = "post_aggregate"
     client_init: str = "random"
 
-    WEIGHTINGS: ClassVar[tuple[str, ...]] = ("equal", "by_size", "by_row")
+    WEIGHTINGS: ClassVar[tuple[str, ...]] = (*BY_CLIENT, "by_row")
 
     def __post_init__(self):
         for name in ("dim", "lr", "item_lr_scale", "server_lr", "negatives", "local_epochs"):
@@ -139,9 +143,14 @@ def sharing_method(
         train: (params, data) -> (params, mean loss); params hold shared and private roles.
         score: params over the catalogue -> logits [items].
         config: see LocalConfig.
-        aggregator: default: mean of the changes, weighted as config.weighting says.
+        aggregator: default: mean of the changes, weighted as config.weighting says, which is otherwise ignored.
         rows: see Method.
+
+    Raises:
+        ValueError: an aggregator beside weighting=by_row, which has its own and takes other rates.
     """
+    if aggregator is not None and config.weighting == "by_row":
+        raise ValueError("weighting=by_row with an aggregator: expected one of both; leave aggregator out")
     optimizer = SERVER_OPTIMIZERS[config.server_optimizer](config.server_lr)
     key_spec = jax.eval_shape(lambda: jax.random.key(0))
     shared_roles = tuple(jax.eval_shape(init_shared, key_spec))

@@ -65,7 +65,7 @@ class Oracle:
             sent.append(upload)
             weights.append(float(weight))
             infos.append(info)
-        mean = by_row_mean if getattr(self.method.config, "weighting", None) == "by_row" else weighted_mean
+        mean = by_row_mean if self.method.aggregator.by_row else weighted_mean
         value = stacked(state.mail, sent, weights, users) if over_mail else mean(sent, weights)
         received = Aggregate(value, jnp.float32(sum(weights)), jnp.float32(len(weights)))
         server, mail = self.method.server_update(k_server, state.server, received)

@@ -36,6 +36,7 @@ class Case(NamedTuple):
 
 
 TOWER = {"layers": (8, 4)}
+BY_ROW = {"weighting": "by_row", "item_lr_scale": 2.0}
 VIEWS = {"id_dim": 6, "local_epochs": 2, "fusion_lr_scale": 2.0}
 # sgd: adaptive steps blow rounding up where a gradient is nearly zero
 DIFFUSION = {"condition_dim": 6, "diffusion_batch": 64, "diffusion_optimizer": "sgd", "diffusion_lr": 0.01}
@@ -77,7 +78,9 @@ SPECIAL = {name: NAMED[name] for name in KIN} | {
         | {"item_lr_scale": 20.0}  # a row's few clients are averaged with all: small changes are mostly rounding
         | {"client_init": "shared", **TWICE, **TOWER},
     ),
-    "rows by who moved them": Case("fedncf", {**TOWER, "weighting": "by_row", "item_lr_scale": 2.0}),
+    "by row": Case("fedncf", {**TOWER, **BY_ROW}),
+    "pfedrec by row": Case("pfedrec", {**BY_ROW, "server_lr": 2.0}),
+    "plgc by row": Case("plgc", {**BY_ROW, "backbone": "fedmf"}),
     "regularised": Case("fedmf", {"l2": 0.02, "user_init_std": 0.3}),
     "fresh negatives": Case("fedrap", {**TWICE, "rate_decay": 0.9}, "trained_items"),
     "whole table": Case("fedrap", {"regularise": "table", "batch_size": 0}),
@@ -133,6 +136,7 @@ DISTINCT = [  # others are these with other settings
     "ipfedrec",
     "guidance",
     "guidance, released",
+    "by row",
 ]
 FUSED = [name for name in SPECIAL if "views" in name or "fusion" in name]
 PLGC = [name for name in SPECIAL if name.startswith("plgc")]

@@ -209,7 +209,7 @@ def test_clients_that_go_on_from_what_they_sent_are_refused():
 
 def test_noise_on_every_row_does_not_go_with_a_mean_over_those_who_moved_it():
     by_row = built("fedmf", weighting="by_row")
-    with pytest.raises(ValueError, match="weighting=by_row with dp_mechanism=laplace: noise moves every row"):
+    with pytest.raises(ValueError, match="a mean by row with dp_mechanism=laplace: noise moves every row"):
         private(by_row, Mechanism("laplace", noise=0.1), USERS)
     private(by_row, Mechanism("laplace", noise=0.1, rows="touched"), USERS)
     private(by_row, Mechanism("laplace", clip=0.1), USERS)  # a bound without noise moves nothing

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedjax_rec import methods
+from fedjax_rec import aggregate, methods
+from fedjax_rec.sharing import LocalConfig, sharing_method
 
 
 def test_settings_without_effect_are_refused():
@@ -68,9 +69,36 @@ def test_item_rates_count_the_clients_only_where_a_mean_over_all_undoes_it(other
     assert methods.make_config("fedmf", {**settings, **other}).item_lr(300) == pytest.approx(0.05)
 
 
-@pytest.mark.parametrize("method", ["ipfedrec", "fedvlr", "gpfedrec"])
-def test_weighting_by_row_is_refused_where_it_means_nothing(method):
-    with pytest.raises(ValueError, match="weighting='by_row': expected"):
-        methods.make_config(method, {"weighting": "by_row"})
-    with pytest.raises(ValueError, match="weighting='by_row': expected"):
-        methods.make_config("fedrkg", {"weighting": "by_row", "backbone": "fedncf", "scorer": "shared"})
+TAKE_BY_ROW = {"fedavg", "fcf", "fedmf", "fedncf", "pfedrec", "fedrap", "plgc"}
+OVER_THEM = {"mdifffr", "light_mdifffr", "mdiffr", "light_mdiffr", "cs_fcf", "cs_fedncf"}
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_weighting_by_row_is_taken_where_it_means_something(method):
+    if method in TAKE_BY_ROW | OVER_THEM:
+        assert methods.make_config(method, {"weighting": "by_row"}).weighting == "by_row"
+    else:
+        with pytest.raises(ValueError, match="weighting"):
+            methods.make_config(method, {"weighting": "by_row"})
+
+
+@pytest.mark.parametrize(
+    "method, settings",
+    [
+        ("fedrkg", {"backbone": "fedncf", "scorer": "shared"}),
+        ("fedrap", {"regularise": "table"}),
+        ("pfedrec", {"rate_by_items": True}),
+        ("pfedrec", {"preset": "released"}),
+    ],
+)
+def test_weighting_by_row_is_refused_beside_what_it_undoes(method, settings):
+    with pytest.raises(ValueError, match=r"weighting='by_row': expected"):
+        methods.make_config(method, {"weighting": "by_row", **settings})
+
+
+def test_weighting_by_row_brings_its_own_aggregator():
+    with pytest.raises(ValueError, match="weighting=by_row with an aggregator"):
+        sharing_method(
+            "mine", init_shared=dict, init_private=dict, train=dict, score=dict,
+            config=LocalConfig(weighting="by_row"), aggregator=aggregate.weighted_mean(),
+        )  # fmt: skip

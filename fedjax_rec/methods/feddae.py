@@ -37,7 +37,7 @@ from jaxtyping import Array, Float
 
 from fedjax_rec.method import LocalData, Method, Sampling
 from fedjax_rec.roles import OPTIMIZERS, by_role, difference
-from fedjax_rec.sharing import LocalConfig, item_table, sharing_method
+from fedjax_rec.sharing import BY_CLIENT, LocalConfig, item_table, sharing_method
 from fedjax_rec.types import Params, PRNGKey
 from fedjax_rec.validate import between, one_of, positive, widths
 
@@ -76,6 +76,7 @@ class Config(LocalConfig):
         one_of("beta_schedule", self.beta_schedule, ("paper", "released", "constant"))
         one_of("encoders", self.encoders, ("both", "shared", "private"))
         one_of("client_init", self.client_init, ("random",))
+        one_of("weighting", self.weighting, BY_CLIENT)  # the softmax moves every row of the decoder
         between("dropout", self.dropout, 0.0, 0.99)
         positive("beta", self.beta, zero_allowed=True)
         for name in ("gate_width", "history_rows"):

@@ -30,7 +30,7 @@ from fedjax_rec.roles import (
     run_steps,
     sgd_step,
 )
-from fedjax_rec.sharing import LocalConfig, item_table, sharing_method
+from fedjax_rec.sharing import BY_CLIENT, LocalConfig, item_table, sharing_method
 from fedjax_rec.validate import between, one_of, positive
 
 
@@ -56,6 +56,8 @@ class Config(LocalConfig):
         positive("independence", self.independence, zero_allowed=True)
         positive("sparsity", self.sparsity, zero_allowed=True)
         between("rate_decay", self.rate_decay, 0.0, 1.0)
+        if self.regularise == "table":
+            one_of("weighting", self.weighting, BY_CLIENT)  # both penalties move every row
 
 
 def fedrap(config: Config, num_users: int, num_items: int, name: str = "fedrap") -> Method:

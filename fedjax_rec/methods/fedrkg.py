@@ -71,7 +71,7 @@ from fedjax_rec.roles import (
     run_steps,
     sgd_step,
 )
-from fedjax_rec.sharing import SERVER_OPTIMIZERS, LocalConfig, item_table, step_by_change
+from fedjax_rec.sharing import BY_CLIENT, SERVER_OPTIMIZERS, LocalConfig, item_table, step_by_change
 from fedjax_rec.types import Params
 from fedjax_rec.validate import between, one_of, positive, widths
 
@@ -140,7 +140,7 @@ class Config(LocalConfig):
             one_of("optimizer", self.optimizer, ("sgd",))
         if not (self.backbone == "fedncf" and self.scorer == "shared"):
             one_of("weighting", self.weighting, ("equal",))  # P_g is the plain mean
-        one_of("weighting", self.weighting, ("equal", "by_size"))  # rows travel in guidance rounds alone
+        one_of("weighting", self.weighting, BY_CLIENT)  # rows travel in guidance rounds alone
         if self.step_noise:
             one_of("optimizer", self.optimizer, ("sgd",))
             if not self.clip_norm:

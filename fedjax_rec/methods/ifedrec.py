@@ -35,7 +35,7 @@ from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.item_sources.cold import ID, conditions, warm_and_cold
 from fedjax_rec.method import Method, Server
 from fedjax_rec.roles import IN_BOUNDS, batch_rows, binary_cross_entropy, run_steps
-from fedjax_rec.sharing import LocalConfig, item_table, sharing_method
+from fedjax_rec.sharing import BY_CLIENT, LocalConfig, item_table, sharing_method
 from fedjax_rec.validate import one_of, positive, widths
 
 GUIDE, PULL = "guide", "pull"
@@ -74,7 +74,7 @@ class Config(LocalConfig):
         super().__post_init__()
         one_of("optimizer", self.optimizer, ("sgd",))
         one_of("server_optimizer", self.server_optimizer, ("sgd",))
-        one_of("weighting", self.weighting, ("equal", "by_size"))  # the pull moves all rows of everybody
+        one_of("weighting", self.weighting, BY_CLIENT)  # the pull moves all rows of everybody
         one_of("evaluate_at", self.evaluate_at, ("post_aggregate",))  # the pull moves rows that evaluation leaves out
         widths("layers", self.layers)
         for name in ("attribute_lr", "attribute_steps", "user_lr_scale"):

@@ -21,7 +21,7 @@ import dataclasses
 from fedjax_rec.backbones.linear import linear_head
 from fedjax_rec.method import Method
 from fedjax_rec.roles import binary_cross_entropy, run_steps, sgd_step
-from fedjax_rec.sharing import LocalConfig, item_table, sharing_method
+from fedjax_rec.sharing import BY_CLIENT, LocalConfig, item_table, sharing_method
 from fedjax_rec.validate import one_of
 
 
@@ -43,6 +43,8 @@ class Config(LocalConfig):
         super().__post_init__()
         one_of("preset", self.preset, ("paper", "released"))
         one_of("optimizer", self.optimizer, ("sgd",))
+        if self.rate_by_items:
+            one_of("weighting", self.weighting, BY_CLIENT)  # the items stand for the clients that by_row leaves out
 
 
 PRESETS = {

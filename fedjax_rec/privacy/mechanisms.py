@@ -90,10 +90,10 @@ def private(method: Method, mechanism: Mechanism, num_users: int, *, per_client:
             "uploads; leave one of both out"
         )
     noisy, dense = bool(mechanism.noise), mechanism.rows == "all"
-    if noisy and dense and getattr(method.config, "weighting", None) == "by_row":
+    if noisy and dense and method.aggregator.by_row:
         raise ValueError(
-            f"weighting=by_row with dp_mechanism={mechanism.kind}: noise moves every row of what a client sends, so "
-            "that each would be the mean over all clients; set weighting=equal, or dp_rows=touched"
+            f"a mean by row with dp_mechanism={mechanism.kind}: noise moves every row of what a client sends, so that "
+            "each would be the mean over all clients; set --set weighting=equal, or --dp_rows=touched"
         )
     at_once = noisy and dense and can_be_summed(method.aggregator) and not per_client
 
