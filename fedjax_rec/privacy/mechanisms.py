@@ -8,7 +8,7 @@
 
     all       the client sends the whole table, as the papers' clients do (default)
     touched   the rows that its training moved alone. WHICH rows these are is then sent in the clear, and they are the
-              client's items and negatives: no epsilon holds (accounting.py says so)
+              client's items and negatives: no epsilon holds (accounting.py says so). A mean by row goes with this alone
 
 Noise on all rows would cost clients x items x dim draws a round, where a round costs interactions. The server only ever
 sees a sum, so where the aggregate is the plain mean, the sum of n clients' draws is drawn at once, exactly in
