@@ -217,7 +217,7 @@ def numpy_loop_seconds(
 
 def _numpy_round(rng, table, heads, split: Split, offsets, users, method: Method, two_steps: bool) -> None:
     """One round: each of `users` draws, trains on its rows and adds its change into the sum."""
-    sampling, lr = method.sampling, np.float32(0.1)
+    sampling, lr, by_row = method.sampling, np.float32(0.1), method.aggregator.by_row
     total, moved = np.zeros_like(table), np.zeros(len(table), np.float32)
     for user in users:
         history = split.train.item[offsets[user] : offsets[user + 1]]
@@ -249,8 +249,8 @@ def _numpy_round(rng, table, heads, split: Split, offsets, users, method: Method
                 weight -= step[0]
                 bias -= step[1]
         total[rows] += local - table[rows]
-        moved[rows] += 1
-    by_row = method.aggregator.by_row
+        if by_row:
+            moved[rows] += 1
     table += total / (np.maximum(moved, 1)[:, None] if by_row else len(users))
 
 
