@@ -143,7 +143,7 @@ def sharing_method(
         train: (params, data) -> (params, mean loss); params hold shared and private roles.
         score: params over the catalogue -> logits [items].
         config: see LocalConfig.
-        aggregator: default: mean of the changes, weighted as config.weighting says, which is otherwise ignored.
+        aggregator: default: mean of the changes, weighted as config.weighting says; another one weighs by itself.
         rows: see Method.
 
     Raises:

@@ -138,9 +138,9 @@ class Config(LocalConfig):
             positive(name, getattr(self, name), zero_allowed=True)
         if self.backbone == "pfedrec":
             one_of("optimizer", self.optimizer, ("sgd",))
-        if not (self.backbone == "fedncf" and self.scorer == "shared"):
-            one_of("weighting", self.weighting, ("equal",))  # P_g is the plain mean
-        one_of("weighting", self.weighting, BY_CLIENT)  # rows travel in guidance rounds alone
+        # P_g is the plain mean, and rows travel in guidance rounds alone
+        averages_network = self.backbone == "fedncf" and self.scorer == "shared"
+        one_of("weighting", self.weighting, BY_CLIENT if averages_network else ("equal",))
         if self.step_noise:
             one_of("optimizer", self.optimizer, ("sgd",))
             if not self.clip_norm:
