@@ -13,12 +13,15 @@ nothing; a protocol under which they do well leaks.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fedjax_rec.client_step import client_key, streams
 from fedjax_rec.data.features import Features
@@ -41,17 +44,27 @@ def popularity_of(split: Split) -> np.ndarray:
     return np.bincount(split.train.item, minlength=split.num_items)
 
 
-def _shared_scores(engine, scores, sharded, slot, record, size, steps):
-    return scores
+class _Told(NamedTuple):
+    """What the scorer of all rankers that know no draws is told: which one it is, and what any of them reads."""
+
+    which: Int[Array, ""]  # of SHARED, RANDOM, CONTENT
+    scores: Float[Array, "items"]
+    key: PRNGKey
+    features: Float[Array, "items feat"]
 
 
-def _random_scores(engine, key, sharded, slot, record, size, steps):
-    return jax.random.uniform(jax.random.fold_in(key, record.user), (engine.clients.num_items,))
+SHARED, RANDOM, CONTENT = range(3)
 
 
-def _content_scores(engine, features, sharded, slot, record, size, steps):
-    mine = features.at[record.history].get(mode="fill", fill_value=0.0)
-    return features @ mine.sum(0)
+def _told_scores(engine, told: _Told, sharded, slot, record, size, steps):
+    """One scorer for three, because the ranking around it is most of what is compiled."""
+
+    def by_content():
+        mine = told.features.at[record.history].get(mode="fill", fill_value=0.0)
+        return told.features @ mine.sum(0)
+
+    at_random = lambda: jax.random.uniform(jax.random.fold_in(told.key, record.user), told.scores.shape)
+    return jax.lax.switch(told.which, (lambda: told.scores, at_random, by_content))
 
 
 def _least_sampled_scores(engine, replicated, took_part, slot, record, size, steps):
@@ -90,32 +103,56 @@ def stacked_features(features: Mapping[str, Features], common: np.ndarray | None
 
 def same_for_all(evaluator: Evaluator, scores: np.ndarray, cohort: Cohort | None = None) -> Ranks:
     """Ranks by one score for each item [items], whoever the user is."""
-    return evaluator.ranks_of(_shared_scores, jnp.asarray(scores, jnp.float32), (), cohort)
+    return Rankers(evaluator, cohort=cohort).same_for_all(scores)
 
 
-def popularity_rankers(evaluator: Evaluator, cohort: Cohort | None = None) -> dict[str, Ranks]:
-    """popularity and unseen_first."""
-    counts = popularity_of(evaluator.split).astype(np.float32)
-    first = np.where(counts == 0, 2 * counts.max() + 1, counts)
-    scored = {"popularity": counts, "unseen_first": first}
-    return {name: same_for_all(evaluator, scores, cohort) for name, scores in scored.items()}
+@dataclasses.dataclass(frozen=True)
+class Rankers:
+    """The rankers that know no draws, under one evaluator; one compiled function ranks by all of them.
 
+    features: by modality, or {}: there are no content rankers then.
+    cohort: the clients to judge, or None for all.
+    """
 
-def random_ranker(evaluator: Evaluator, seed: int = 0, cohort: Cohort | None = None) -> list[Ranks]:
-    """RANDOM_REPEATS draws of random scores; average their metrics."""
-    keys = jax.random.split(jax.random.key(seed), RANDOM_REPEATS)
-    return [evaluator.ranks_of(_random_scores, key, (), cohort) for key in keys]
+    evaluator: Evaluator
+    features: Mapping[str, Features] = dataclasses.field(default_factory=dict)
+    cohort: Cohort | None = None
 
+    def same_for_all(self, scores: np.ndarray) -> Ranks:
+        return self._ranks(SHARED, scores=jnp.asarray(scores, jnp.float32))
 
-def content_rankers(
-    evaluator: Evaluator, features: Mapping[str, Features], cohort: Cohort | None = None
-) -> dict[str, Ranks]:
-    """content_profile and content_centred; nothing without features."""
-    if not features:
-        return {}
-    trained = popularity_of(evaluator.split) > 0
-    told = {"content_profile": stacked_features(features), "content_centred": stacked_features(features, trained)}
-    return {name: evaluator.ranks_of(_content_scores, rows, (), cohort) for name, rows in told.items()}
+    def popularity(self) -> dict[str, Ranks]:
+        """popularity and unseen_first."""
+        counts = popularity_of(self.evaluator.split).astype(np.float32)
+        first = np.where(counts == 0, 2 * counts.max() + 1, counts)
+        return {name: self.same_for_all(s) for name, s in {"popularity": counts, "unseen_first": first}.items()}
+
+    def random(self, seed: int = 0) -> list[Ranks]:
+        """RANDOM_REPEATS draws of random scores; average their metrics."""
+        return [self._ranks(RANDOM, key=key) for key in jax.random.split(jax.random.key(seed), RANDOM_REPEATS)]
+
+    def content(self) -> dict[str, Ranks]:
+        """content_profile and content_centred; nothing without features."""
+        return {name: self._ranks(CONTENT, features=rows) for name, rows in self._contents.items()}
+
+    @functools.cached_property
+    def _contents(self) -> dict[str, Float[Array, "items feat"]]:
+        if not self.features:
+            return {}
+        trained = popularity_of(self.evaluator.split) > 0
+        centred = stacked_features(self.features, trained)
+        return {"content_profile": stacked_features(self.features), "content_centred": centred}
+
+    @functools.cached_property
+    def _nothing(self) -> _Told:
+        """Values of the shapes that the compiled function was made for."""
+        items = self.evaluator.split.num_items
+        features = self._contents.get("content_profile", jnp.zeros((items, 0)))
+        return _Told(jnp.zeros((), jnp.int32), jnp.zeros(items), jax.random.key(0), features)
+
+    def _ranks(self, which: int, **told) -> Ranks:
+        told = self._nothing._replace(which=jnp.asarray(which, jnp.int32), **told)
+        return self.evaluator.ranks_of(_told_scores, told, (), self.cohort)
 
 
 def least_sampled(

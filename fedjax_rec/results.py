@@ -82,11 +82,12 @@ def reference_results(ready: Experiment, rounds: int) -> Iterator[tuple[str, dic
     """All training-free rankers under the run's protocol, one after the other: (name, {valid, test, test_seen,
     test_unseen})."""
     evaluator, cohort = ready.evaluator, ready.eval_cohort
-    for name, ranks in reference.popularity_rankers(evaluator, cohort).items():
+    rankers = reference.Rankers(evaluator, ready.features, cohort)
+    for name, ranks in rankers.popularity().items():
         yield name, results_of(ready, ranks)
-    draws = [results_of(ready, r) for r in reference.random_ranker(evaluator, ready.config.seed, cohort)]
+    draws = [results_of(ready, ranks) for ranks in rankers.random(ready.config.seed)]
     yield "random", jax.tree.map(lambda *values: float(np.mean(values)), *draws)
-    for name, ranks in reference.content_rankers(evaluator, ready.features, cohort).items():
+    for name, ranks in rankers.content().items():
         yield name, results_of(ready, ranks)
     for name, ranker in reference.RANKERS.items():
         if (ranks := ranker(evaluator, cohort)) is not None:

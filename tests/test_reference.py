@@ -66,13 +66,13 @@ def assert_ranks(found: reference.Ranks, score):
 def test_popularity_counts_training_interactions_only():
     often = collections.Counter(split().train.item.tolist())
     np.testing.assert_array_equal(reference.popularity_of(split()), [often[i] for i in range(ITEMS)])
-    assert_ranks(reference.popularity_rankers(evaluator())["popularity"], lambda user, item: often[item])
+    assert_ranks(reference.Rankers(evaluator()).popularity()["popularity"], lambda user, item: often[item])
 
 
 def test_unseen_first_then_by_popularity():
     often = collections.Counter(split().train.item.tolist())
     assert any(often[item] == 0 for item in split().test.item.tolist())
-    ranked = reference.popularity_rankers(evaluator())["unseen_first"]
+    ranked = reference.Rankers(evaluator()).popularity()["unseen_first"]
     assert_ranks(ranked, lambda user, item: 10**6 if often[item] == 0 else often[item])
 
 
@@ -103,18 +103,18 @@ def test_content_rankers_are_the_cosine_with_the_mean_of_the_history(centred):
         return round(float(rows[item] @ unit(rows[histories[user]].mean(0))), 6)
 
     name = "content_centred" if centred else "content_profile"
-    assert_ranks(reference.content_rankers(evaluator(), content())[name], score)
+    assert_ranks(reference.Rankers(evaluator(), content()).content()[name], score)
 
 
 def test_without_features_there_are_no_content_rankers():
-    assert reference.content_rankers(evaluator(), {}) == {}
+    assert reference.Rankers(evaluator(), {}).content() == {}
 
 
 # ---- random --------------------------------------------------------------------------------------------------
 
 
 def test_random_earns_chance():
-    draws = reference.random_ranker(evaluator(), seed=1)
+    draws = reference.Rankers(evaluator()).random(seed=1)
     assert len(draws) == reference.RANDOM_REPEATS
     hits = np.mean([metrics.summarise(ranks.test, (10,))["HR@10"] for ranks in draws])
     chance = np.mean([10 / (ITEMS - 1 - (split().train.user == user).sum()) for user in range(USERS)])
@@ -123,7 +123,7 @@ def test_random_earns_chance():
 
 
 def test_random_ranks_differ_between_draws_and_users_and_repeat_with_the_seed():
-    first, again, other = (reference.random_ranker(evaluator(), seed=seed) for seed in (1, 1, 2))
+    first, again, other = (reference.Rankers(evaluator()).random(seed=seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first[0].test, again[0].test)
     assert (first[0].test != first[1].test).any()
     assert (first[0].test != other[0].test).any()
@@ -241,14 +241,14 @@ def real_evaluator(folder, name):
 
 def test_ku_rankers(real_data):
     chosen = real_evaluator(real_data("ku"), "ku")
-    said = {n: metrics.summarise(r.test, (50,)) for n, r in reference.popularity_rankers(chosen).items()}
+    said = {n: metrics.summarise(r.test, (50,)) for n, r in reference.Rankers(chosen).popularity().items()}
     # the numbers are given to three digits
     np.testing.assert_allclose(said["popularity"]["HR@50"], 0.206, atol=5e-4)
     np.testing.assert_allclose(said["popularity"]["NDCG@50"], 0.057, atol=5e-4)
     np.testing.assert_allclose(said["unseen_first"]["HR@50"], 0.544, atol=5e-4)
     np.testing.assert_allclose(said["unseen_first"]["NDCG@50"], 0.157, atol=1e-3)  # "about"
     assert said["popularity"]["clients"] == 204
-    draws = [metrics.summarise(r.test, (50,))["HR@50"] for r in reference.random_ranker(chosen)]
+    draws = [metrics.summarise(r.test, (50,))["HR@50"] for r in reference.Rankers(chosen).random()]
     # 50 of about 542 candidates; 20 x 204 draws of it have a standard deviation of 0.0045: three of these
     np.testing.assert_allclose(np.mean(draws), 0.0905, atol=0.0135)
 
@@ -263,5 +263,5 @@ def test_ku_rankers(real_data):
 )
 def test_popularity_on_real_data(real_data, name, hit_ratio, tolerance):
     chosen = real_evaluator(real_data(name), name)
-    found = metrics.summarise(reference.popularity_rankers(chosen)["popularity"].test, (10,))
+    found = metrics.summarise(reference.Rankers(chosen).popularity()["popularity"].test, (10,))
     np.testing.assert_allclose(found["HR@10"], hit_ratio, atol=tolerance)
