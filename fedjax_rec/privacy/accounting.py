@@ -29,7 +29,6 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.optimize
 
 from fedjax_rec import aggregate
 from fedjax_rec.data.sampling import sizes
@@ -144,6 +143,8 @@ def noise_for(releases: tuple[Release, ...], target: float, delta: float, observ
     cost = lambda noise: epsilon(tuple(r._replace(noise=noise) for r in releases), delta, observer)
     unit = max((r.sensitivity for r in releases if r.count), default=math.inf)
     if math.isfinite(unit) and cost(1e6 * unit) <= target <= cost(1e-6 * unit) < math.inf:
+        import scipy.optimize  # a fifth of a second, which runs without privacy need not wait for
+
         off = lambda log_noise: math.log(max(cost(math.exp(log_noise)), 1e-300) / target)
         found = math.exp(scipy.optimize.brentq(off, math.log(1e-6 * unit), math.log(1e6 * unit), xtol=1e-4))
         if math.isclose(cost(found), target, rel_tol=0.01):
