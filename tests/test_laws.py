@@ -80,6 +80,7 @@ SPECIAL = {name: NAMED[name] for name in KIN} | {
     ),
     "by row": Case("fedncf", {**TOWER, **BY_ROW}),
     "pfedrec by row": Case("pfedrec", {**BY_ROW, "server_lr": 2.0}),
+    "cold rows by row": Case("cs_fcf", {**BY_ROW, "cold": "map"}),
     "plgc by row": Case("plgc", {**BY_ROW, "backbone": "fedmf"}),
     "regularised": Case("fedmf", {"l2": 0.02, "user_init_std": 0.3}),
     "fresh negatives": Case("fedrap", {**TWICE, "rate_decay": 0.9}, "trained_items"),
