@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fedjax_rec.client_step import client_key, streams
 from fedjax_rec.data.features import Features
@@ -44,36 +44,52 @@ def popularity_of(split: Split) -> np.ndarray:
     return np.bincount(split.train.item, minlength=split.num_items)
 
 
-class _Told(NamedTuple):
-    """What the scorer of all rankers that know no draws is told: which one it is, and what any of them reads."""
+class Draws(NamedTuple):
+    """The negatives that were drawn up to now.
 
-    which: Int[Array, ""]  # of SHARED, RANDOM, CONTENT
+    key: the run's key.
+    rounds: how many rounds the judged model has seen.
+    took_part: bool [users, rounds], or None where everybody always did.
+    """
+
+    key: PRNGKey
+    rounds: int
+    took_part: np.ndarray | None = None
+
+
+class _Told(NamedTuple):
+    """What the scorer of all rankers is told: which one it is, and what any of them reads."""
+
+    which: Int[Array, ""]  # of SHARED, RANDOM, CONTENT, DRAWN
     scores: Float[Array, "items"]
     key: PRNGKey
     features: Float[Array, "items feat"]
+    rounds: Int[Array, ""] | None  # None: there is no DRAWN
 
 
-SHARED, RANDOM, CONTENT = range(3)
+SHARED, RANDOM, CONTENT, DRAWN = range(4)
 
 
-def _told_scores(engine, told: _Told, sharded, slot, record, size, steps):
-    """One scorer for three, because the ranking around it is most of what is compiled."""
+def _told_scores(engine, told: _Told, took_part, slot, record, size, steps):
+    """One scorer for all, because the ranking around it is most of what is compiled."""
 
     def by_content():
         mine = told.features.at[record.history].get(mode="fill", fill_value=0.0)
         return told.features @ mine.sum(0)
 
     at_random = lambda: jax.random.uniform(jax.random.fold_in(told.key, record.user), told.scores.shape)
-    return jax.lax.switch(told.which, (lambda: told.scores, at_random, by_content))
+    scorers = [lambda: told.scores, at_random, by_content]
+    if told.rounds is not None:
+        scorers.append(lambda: _least_sampled_scores(engine, told, took_part, slot, record, size, steps))
+    return jax.lax.switch(told.which, scorers)
 
 
-def _least_sampled_scores(engine, replicated, took_part, slot, record, size, steps):
+def _least_sampled_scores(engine, told: _Told, took_part, slot, record, size, steps):
     """Minus the number of times that each item was this user's negative in rounds 0 .. rounds-1."""
-    key, rounds = replicated
     spec, method = engine.clients, engine.method
 
     def one_round(round_, counts):
-        k_draw = streams(client_key(key, round_, record.user))[0]
+        k_draw = streams(client_key(told.key, round_, record.user))[0]
         data = draw_local_data(
             k_draw, record, method.sampling, size, spec.num_items, engine.pool, steps, round_
         )  # fmt: skip
@@ -81,7 +97,7 @@ def _least_sampled_scores(engine, replicated, took_part, slot, record, size, ste
         rows, times = data.samples.negatives()
         return counts.at[data.rows[rows]].add(times * here, mode="drop")
 
-    return -jax.lax.fori_loop(0, rounds, one_round, jnp.zeros(spec.num_items))
+    return -jax.lax.fori_loop(0, told.rounds, one_round, jnp.zeros(spec.num_items))
 
 
 def stacked_features(features: Mapping[str, Features], common: np.ndarray | None = None) -> Float[Array, "items feat"]:
@@ -108,15 +124,17 @@ def same_for_all(evaluator: Evaluator, scores: np.ndarray, cohort: Cohort | None
 
 @dataclasses.dataclass(frozen=True)
 class Rankers:
-    """The rankers that know no draws, under one evaluator; one compiled function ranks by all of them.
+    """The rankers under one evaluator; one compiled function ranks by all of them.
 
     features: by modality, or {}: there are no content rankers then.
     cohort: the clients to judge, or None for all.
+    draws: for `least_sampled`.
     """
 
     evaluator: Evaluator
     features: Mapping[str, Features] = dataclasses.field(default_factory=dict)
     cohort: Cohort | None = None
+    draws: Draws | None = None
 
     def same_for_all(self, scores: np.ndarray) -> Ranks:
         return self._ranks(SHARED, scores=jnp.asarray(scores, jnp.float32))
@@ -135,6 +153,10 @@ class Rankers:
         """content_profile and content_centred; nothing without features."""
         return {name: self._ranks(CONTENT, features=rows) for name, rows in self._contents.items()}
 
+    def least_sampled(self) -> Ranks | None:
+        """Ranks by the record of sampled negatives, or None without `draws` or for a method that draws none."""
+        return None if self._drawn is None else self._ranks(DRAWN, key=self._drawn.key)
+
     @functools.cached_property
     def _contents(self) -> dict[str, Float[Array, "items feat"]]:
         if not self.features:
@@ -144,41 +166,29 @@ class Rankers:
         return {"content_profile": stacked_features(self.features), "content_centred": centred}
 
     @functools.cached_property
+    def _drawn(self) -> Draws | None:
+        return self.draws if self.evaluator.engine.method.sampling.negatives else None
+
+    @functools.cached_property
+    def _took_part(self) -> Bool[Array, "slots rounds"] | None:
+        if self._drawn is None or self._drawn.took_part is None:
+            return None
+        clients, took_part = self.evaluator.engine.clients, self._drawn.took_part
+        by_slot = np.zeros((clients.num_slots, took_part.shape[1]), bool)
+        by_slot[clients.slots] = took_part
+        return jnp.asarray(by_slot)
+
+    @functools.cached_property
     def _nothing(self) -> _Told:
         """Values of the shapes that the compiled function was made for."""
         items = self.evaluator.split.num_items
         features = self._contents.get("content_profile", jnp.zeros((items, 0)))
-        return _Told(jnp.zeros((), jnp.int32), jnp.zeros(items), jax.random.key(0), features)
+        rounds = None if self._drawn is None else jnp.asarray(self._drawn.rounds, jnp.int32)
+        return _Told(jnp.zeros((), jnp.int32), jnp.zeros(items), jax.random.key(0), features, rounds)
 
     def _ranks(self, which: int, **told) -> Ranks:
         told = self._nothing._replace(which=jnp.asarray(which, jnp.int32), **told)
-        return self.evaluator.ranks_of(_told_scores, told, (), self.cohort)
-
-
-def least_sampled(
-    evaluator: Evaluator,
-    key: PRNGKey,
-    rounds: int,
-    took_part: np.ndarray | None = None,
-    cohort: Cohort | None = None,
-) -> Ranks | None:
-    """Ranks by the record of sampled negatives, or None for a method that draws none.
-
-    Args:
-        key: the run's key.
-        rounds: how many rounds the judged model has seen.
-        took_part: bool [users, rounds], or None where everybody always did.
-        cohort: the clients to judge.
-    """
-    engine = evaluator.engine
-    if engine.method.sampling.negatives == 0:
-        return None
-    seen = None
-    if took_part is not None:
-        by_slot = np.zeros((engine.clients.num_slots, took_part.shape[1]), bool)
-        by_slot[engine.clients.slots] = took_part
-        seen = jnp.asarray(by_slot)
-    return evaluator.ranks_of(_least_sampled_scores, (key, jnp.asarray(rounds, jnp.int32)), seen, cohort)
+        return self.evaluator.ranks_of(_told_scores, told, self._took_part, self.cohort)
 
 
 def affordable_share(evaluator: Evaluator, rounds: int) -> float:

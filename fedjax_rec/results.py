@@ -82,27 +82,28 @@ def reference_results(ready: Experiment, rounds: int) -> Iterator[tuple[str, dic
     """All training-free rankers under the run's protocol, one after the other: (name, {valid, test, test_seen,
     test_unseen})."""
     evaluator, cohort = ready.evaluator, ready.eval_cohort
-    rankers = reference.Rankers(evaluator, ready.features, cohort)
+    # under post_local the judged model has also seen the draws of the local update it is scored after
+    seen = rounds + (ready.method.evaluate_at == "post_local")
+    draws = reference.Draws(ready.key, seen, participation(ready, rounds, seen))
+    rankers = reference.Rankers(evaluator, ready.features, cohort, draws)
+    replayed = rankers
+    share = reference.affordable_share(evaluator, rounds)
+    if share < 1 and cohort is None:
+        rng = np.random.default_rng([ready.config.seed, 2**21])
+        users = rng.choice(ready.split.num_users, max(int(share * ready.split.num_users), 1), replace=False)
+        rankers = dataclasses.replace(rankers, draws=None)
+        replayed = reference.Rankers(evaluator, cohort=ready.engine.cohort(users), draws=draws)
     for name, ranks in rankers.popularity().items():
         yield name, results_of(ready, ranks)
-    draws = [results_of(ready, ranks) for ranks in rankers.random(ready.config.seed)]
-    yield "random", jax.tree.map(lambda *values: float(np.mean(values)), *draws)
+    at_random = [results_of(ready, ranks) for ranks in rankers.random(ready.config.seed)]
+    yield "random", jax.tree.map(lambda *values: float(np.mean(values)), *at_random)
     for name, ranks in rankers.content().items():
         yield name, results_of(ready, ranks)
     for name, ranker in reference.RANKERS.items():
         if (ranks := ranker(evaluator, cohort)) is not None:
             yield name, results_of(ready, ranks)
-    users = None
-    share = reference.affordable_share(evaluator, rounds)
-    if share < 1 and cohort is None:
-        rng = np.random.default_rng([ready.config.seed, 2**21])
-        users = rng.choice(ready.split.num_users, max(int(share * ready.split.num_users), 1), replace=False)
-        cohort = ready.engine.cohort(users)
-    # under post_local the judged model has also seen the draws of the local update it is scored after
-    seen = rounds + (ready.method.evaluate_at == "post_local")
-    replayed = reference.least_sampled(evaluator, ready.key, seen, participation(ready, rounds, seen), cohort)
-    if replayed is not None:
-        yield "least_sampled", results_of(ready, replayed)
+    if (ranks := replayed.least_sampled()) is not None:
+        yield "least_sampled", results_of(ready, ranks)
 
 
 def participation(ready: Experiment, rounds: int, seen: int) -> np.ndarray | None:

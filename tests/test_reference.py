@@ -133,6 +133,10 @@ def test_random_ranks_differ_between_draws_and_users_and_repeat_with_the_seed():
 # ---- least sampled -------------------------------------------------------------------------------------------
 
 
+def least_sampled(evaluator, rounds, took_part=None):
+    return reference.Rankers(evaluator, draws=reference.Draws(KEY, rounds, took_part)).least_sampled()
+
+
 def slow_counts(evaluator, rounds, took_part=None) -> np.ndarray:
     """[users, items]: how often each item was this user's negative, from the draws of each round."""
     engine = evaluator.engine
@@ -174,17 +178,17 @@ def test_least_sampled_counts_the_draws_of_the_rounds(case):
     # every client draws its negatives in full in each round
     length = np.bincount(split().train.user, minlength=USERS)
     np.testing.assert_array_equal(counts.sum(1), 3 * 2 * length * chosen.engine.method.sampling.local_epochs)
-    assert_ranks(reference.least_sampled(chosen, KEY, 3), lambda user, item: -counts[user, item])
+    assert_ranks(least_sampled(chosen, 3), lambda user, item: -counts[user, item])
 
 
 def test_least_sampled_counts_only_rounds_in_which_the_client_took_part():
     took_part = np.random.default_rng(0).random((USERS, 4)) < 0.5
     counts = slow_counts(evaluator(), 4, took_part)
-    assert_ranks(reference.least_sampled(evaluator(), KEY, 4, took_part), lambda user, item: -counts[user, item])
+    assert_ranks(least_sampled(evaluator(), 4, took_part), lambda user, item: -counts[user, item])
 
 
 def test_before_any_round_least_sampled_is_a_constant():
-    ranks = reference.least_sampled(evaluator(), KEY, 0)
+    ranks = least_sampled(evaluator(), 0)
     assert_ranks(ranks, lambda user, item: 0)
 
 
@@ -192,7 +196,7 @@ def test_a_method_without_negatives_has_no_least_sampled():
     plain = evaluator()
     sampling = dataclasses.replace(plain.engine.method.sampling, negatives=0)
     engine = dataclasses.replace(plain.engine, method=plain.engine.method._replace(sampling=sampling))
-    assert reference.least_sampled(dataclasses.replace(plain, engine=engine), KEY, 3) is None
+    assert least_sampled(dataclasses.replace(plain, engine=engine), 3) is None
     for name in ("ease", "feddae"):  # the softmax and the closed form take all items
         assert methods.build(name, 30, 40).sampling.negatives == 0
 
@@ -227,6 +231,17 @@ def test_very_long_replays_are_judged_on_fewer_clients():
     assert reference.affordable_share(evaluator(), 10) == 1
     draws = len(split().train.item) * 2 * 10**9
     np.testing.assert_allclose(reference.affordable_share(evaluator(), 10**9), reference.MAX_REPLAYED / draws)
+
+
+def test_of_a_long_replay_a_sample_of_clients_is_judged_and_by_the_others_everybody(monkeypatch):
+    config = run.RunConfig(settings={"dim": 4, "negatives": 2}, max_buckets=1, devices=1)
+    interactions = synthetic.make(USERS, ITEMS, min_history=4, median_history=7, max_history=16).interactions
+    ready = run.prepare(config, (interactions, split(), {}))
+    monkeypatch.setattr(reference, "MAX_REPLAYED", len(split().train.item) * 2 * 3 // 2)
+    said = dict(results.reference_results(ready, 3))
+    assert {name: found["test"]["clients"] for name, found in said.items()} == {
+        "popularity": USERS, "unseen_first": USERS, "random": USERS, "least_sampled": USERS // 2
+    }  # fmt: skip
 
 
 # ---- real data -----------------------------------------------------------------------------------------------
