@@ -21,6 +21,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from fedjax_rec.client_step import client_key, streams
@@ -29,6 +31,7 @@ from fedjax_rec.data.sampling import draw_local_data
 from fedjax_rec.data.splits import Split
 from fedjax_rec.evaluate import Evaluator, Ranks
 from fedjax_rec.item_sources import directions
+from fedjax_rec.layout import AXIS
 from fedjax_rec.rounds import Cohort
 from fedjax_rec.types import PRNGKey
 
@@ -60,14 +63,14 @@ class Draws(NamedTuple):
 class _Told(NamedTuple):
     """What the scorer of all rankers is told: which one it is, and what any of them reads."""
 
-    which: Int[Array, ""]  # of SHARED, RANDOM, CONTENT, DRAWN
+    which: Int[Array, ""]  # of _SHARED, _RANDOM, _CONTENT, _DRAWN
     scores: Float[Array, "items"]
     key: PRNGKey
     features: Float[Array, "items feat"]
-    rounds: Int[Array, ""] | None  # None: there is no DRAWN
+    rounds: Int[Array, ""] | None  # None: there is no _DRAWN
 
 
-SHARED, RANDOM, CONTENT, DRAWN = range(4)
+_SHARED, _RANDOM, _CONTENT, _DRAWN = range(4)
 
 
 def _told_scores(engine, told: _Told, took_part, slot, record, size, steps):
@@ -119,10 +122,14 @@ def stacked_features(features: Mapping[str, Features], common: np.ndarray | None
 
 def same_for_all(evaluator: Evaluator, scores: np.ndarray, cohort: Cohort | None = None) -> Ranks:
     """Ranks by one score for each item [items], whoever the user is."""
-    return Rankers(evaluator, cohort=cohort).same_for_all(scores)
+    return evaluator.ranks_of(_shared_scores, jnp.asarray(scores, jnp.float32), None, cohort)
 
 
-@dataclasses.dataclass(frozen=True)
+def _shared_scores(engine, scores, nothing, slot, record, size, steps):
+    return scores
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Rankers:
     """The rankers under one evaluator; one compiled function ranks by all of them.
 
@@ -136,26 +143,24 @@ class Rankers:
     cohort: Cohort | None = None
     draws: Draws | None = None
 
-    def same_for_all(self, scores: np.ndarray) -> Ranks:
-        return self._ranks(SHARED, scores=jnp.asarray(scores, jnp.float32))
-
     def popularity(self) -> dict[str, Ranks]:
         """popularity and unseen_first."""
         counts = popularity_of(self.evaluator.split).astype(np.float32)
         first = np.where(counts == 0, 2 * counts.max() + 1, counts)
-        return {name: self.same_for_all(s) for name, s in {"popularity": counts, "unseen_first": first}.items()}
+        scores = {"popularity": counts, "unseen_first": first}
+        return {name: self._ranks(_SHARED, scores=jnp.asarray(s, jnp.float32)) for name, s in scores.items()}
 
     def random(self, seed: int = 0) -> list[Ranks]:
         """RANDOM_REPEATS draws of random scores; average their metrics."""
-        return [self._ranks(RANDOM, key=key) for key in jax.random.split(jax.random.key(seed), RANDOM_REPEATS)]
+        return [self._ranks(_RANDOM, key=key) for key in jax.random.split(jax.random.key(seed), RANDOM_REPEATS)]
 
     def content(self) -> dict[str, Ranks]:
         """content_profile and content_centred; nothing without features."""
-        return {name: self._ranks(CONTENT, features=rows) for name, rows in self._contents.items()}
+        return {name: self._ranks(_CONTENT, features=rows) for name, rows in self._contents.items()}
 
     def least_sampled(self) -> Ranks | None:
         """Ranks by the record of sampled negatives, or None without `draws` or for a method that draws none."""
-        return None if self._drawn is None else self._ranks(DRAWN, key=self._drawn.key)
+        return None if self._drawn is None else self._ranks(_DRAWN, key=self._drawn.key)
 
     @functools.cached_property
     def _contents(self) -> dict[str, Float[Array, "items feat"]]:
@@ -173,10 +178,11 @@ class Rankers:
     def _took_part(self) -> Bool[Array, "slots rounds"] | None:
         if self._drawn is None or self._drawn.took_part is None:
             return None
-        clients, took_part = self.evaluator.engine.clients, self._drawn.took_part
-        by_slot = np.zeros((clients.num_slots, took_part.shape[1]), bool)
-        by_slot[clients.slots] = took_part
-        return jnp.asarray(by_slot)
+        engine, took_part = self.evaluator.engine, self._drawn.took_part
+        by_slot = np.zeros((engine.clients.num_slots, took_part.shape[1]), bool)
+        by_slot[engine.clients.slots] = took_part
+        # where the ranking wants it, which would else lay it out anew for each ranker
+        return jax.device_put(by_slot, NamedSharding(engine.mesh, P(AXIS)))
 
     @functools.cached_property
     def _nothing(self) -> _Told:

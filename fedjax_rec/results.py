@@ -91,8 +91,7 @@ def reference_results(ready: Experiment, rounds: int) -> Iterator[tuple[str, dic
     if share < 1 and cohort is None:
         rng = np.random.default_rng([ready.config.seed, 2**21])
         users = rng.choice(ready.split.num_users, max(int(share * ready.split.num_users), 1), replace=False)
-        rankers = dataclasses.replace(rankers, draws=None)
-        replayed = reference.Rankers(evaluator, cohort=ready.engine.cohort(users), draws=draws)
+        replayed = dataclasses.replace(rankers, cohort=ready.engine.cohort(users))
     for name, ranks in rankers.popularity().items():
         yield name, results_of(ready, ranks)
     at_random = [results_of(ready, ranks) for ranks in rankers.random(ready.config.seed)]

@@ -165,7 +165,7 @@ def test_it_beats_popularity_where_tastes_are_planted(name, epochs):
     assert losses[-1] < 0.9 * losses[0]
     evaluator = make_evaluator(engine, split)
     hit = lambda ranks: metrics.summarise(ranks.test, (10,))["HR@10"]
-    popular = reference.Rankers(evaluator).popularity()["popularity"]
+    popular = reference.same_for_all(evaluator, reference.popularity_of(evaluator.split))
     assert hit(evaluator.ranks(KEY, state, epochs)) > 1.3 * hit(popular)
 
 

@@ -43,5 +43,5 @@ def test_it_beats_popularity_where_tastes_are_planted():
     state, _ = engine.round(KEY, engine.init(KEY), 0)
     evaluator = make_evaluator(engine, split)
     hit = lambda ranks: metrics.summarise(ranks.test, (10,))["HR@10"]
-    popular = reference.Rankers(evaluator).popularity()["popularity"]
+    popular = reference.same_for_all(evaluator, reference.popularity_of(evaluator.split))
     assert hit(evaluator.ranks(KEY, state, 1)) > hit(popular)

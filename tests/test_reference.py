@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -60,23 +61,28 @@ def assert_ranks(found: reference.Ranks, score):
     np.testing.assert_array_equal(found.test, test)
 
 
+def all_rankers(evaluator, rounds=3, took_part=None) -> reference.Rankers:
+    """As a run makes them: their one compiled function holds every ranker."""
+    return reference.Rankers(evaluator, content(), draws=reference.Draws(KEY, rounds, took_part))
+
+
 # ---- popularity and content ----------------------------------------------------------------------------------
 
 
 def test_popularity_counts_training_interactions_only():
     often = collections.Counter(split().train.item.tolist())
     np.testing.assert_array_equal(reference.popularity_of(split()), [often[i] for i in range(ITEMS)])
-    assert_ranks(reference.Rankers(evaluator()).popularity()["popularity"], lambda user, item: often[item])
+    assert_ranks(all_rankers(evaluator()).popularity()["popularity"], lambda user, item: often[item])
 
 
 def test_unseen_first_then_by_popularity():
     often = collections.Counter(split().train.item.tolist())
     assert any(often[item] == 0 for item in split().test.item.tolist())
-    ranked = reference.Rankers(evaluator()).popularity()["unseen_first"]
+    ranked = all_rankers(evaluator()).popularity()["unseen_first"]
     assert_ranks(ranked, lambda user, item: 10**6 if often[item] == 0 else often[item])
 
 
-def content():
+def content() -> dict[str, Features]:
     rng = np.random.default_rng(0)
     image, text = rng.normal(size=(ITEMS, 6)), 5 * rng.normal(size=(ITEMS, 3)) + 4  # text with a common direction
     known = np.ones(ITEMS, bool)
@@ -103,7 +109,7 @@ def test_content_rankers_are_the_cosine_with_the_mean_of_the_history(centred):
         return round(float(rows[item] @ unit(rows[histories[user]].mean(0))), 6)
 
     name = "content_centred" if centred else "content_profile"
-    assert_ranks(reference.Rankers(evaluator(), content()).content()[name], score)
+    assert_ranks(all_rankers(evaluator()).content()[name], score)
 
 
 def test_without_features_there_are_no_content_rankers():
@@ -114,7 +120,7 @@ def test_without_features_there_are_no_content_rankers():
 
 
 def test_random_earns_chance():
-    draws = reference.Rankers(evaluator()).random(seed=1)
+    draws = all_rankers(evaluator()).random(seed=1)
     assert len(draws) == reference.RANDOM_REPEATS
     hits = np.mean([metrics.summarise(ranks.test, (10,))["HR@10"] for ranks in draws])
     chance = np.mean([10 / (ITEMS - 1 - (split().train.user == user).sum()) for user in range(USERS)])
@@ -123,7 +129,7 @@ def test_random_earns_chance():
 
 
 def test_random_ranks_differ_between_draws_and_users_and_repeat_with_the_seed():
-    first, again, other = (reference.Rankers(evaluator()).random(seed=seed) for seed in (1, 1, 2))
+    first, again, other = (all_rankers(evaluator()).random(seed=seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first[0].test, again[0].test)
     assert (first[0].test != first[1].test).any()
     assert (first[0].test != other[0].test).any()
@@ -131,10 +137,6 @@ def test_random_ranks_differ_between_draws_and_users_and_repeat_with_the_seed():
 
 
 # ---- least sampled -------------------------------------------------------------------------------------------
-
-
-def least_sampled(evaluator, rounds, took_part=None):
-    return reference.Rankers(evaluator, draws=reference.Draws(KEY, rounds, took_part)).least_sampled()
 
 
 def slow_counts(evaluator, rounds, took_part=None) -> np.ndarray:
@@ -178,17 +180,17 @@ def test_least_sampled_counts_the_draws_of_the_rounds(case):
     # every client draws its negatives in full in each round
     length = np.bincount(split().train.user, minlength=USERS)
     np.testing.assert_array_equal(counts.sum(1), 3 * 2 * length * chosen.engine.method.sampling.local_epochs)
-    assert_ranks(least_sampled(chosen, 3), lambda user, item: -counts[user, item])
+    assert_ranks(all_rankers(chosen).least_sampled(), lambda user, item: -counts[user, item])
 
 
 def test_least_sampled_counts_only_rounds_in_which_the_client_took_part():
     took_part = np.random.default_rng(0).random((USERS, 4)) < 0.5
     counts = slow_counts(evaluator(), 4, took_part)
-    assert_ranks(least_sampled(evaluator(), 4, took_part), lambda user, item: -counts[user, item])
+    assert_ranks(all_rankers(evaluator(), 4, took_part).least_sampled(), lambda user, item: -counts[user, item])
 
 
 def test_before_any_round_least_sampled_is_a_constant():
-    ranks = least_sampled(evaluator(), 0)
+    ranks = all_rankers(evaluator(), rounds=0).least_sampled()
     assert_ranks(ranks, lambda user, item: 0)
 
 
@@ -196,7 +198,7 @@ def test_a_method_without_negatives_has_no_least_sampled():
     plain = evaluator()
     sampling = dataclasses.replace(plain.engine.method.sampling, negatives=0)
     engine = dataclasses.replace(plain.engine, method=plain.engine.method._replace(sampling=sampling))
-    assert least_sampled(dataclasses.replace(plain, engine=engine), 3) is None
+    assert all_rankers(dataclasses.replace(plain, engine=engine)).least_sampled() is None
     for name in ("ease", "feddae"):  # the softmax and the closed form take all items
         assert methods.build(name, 30, 40).sampling.negatives == 0
 
@@ -242,6 +244,17 @@ def test_of_a_long_replay_a_sample_of_clients_is_judged_and_by_the_others_everyb
     assert {name: found["test"]["clients"] for name, found in said.items()} == {
         "popularity": USERS, "unseen_first": USERS, "random": USERS, "least_sampled": USERS // 2
     }  # fmt: skip
+
+
+def test_all_rankers_of_a_run_compile_once_also_where_fewer_are_replayed(monkeypatch, caplog):
+    config = run.RunConfig(settings={"dim": 4, "negatives": 2}, rounds=3, clients_per_round=0.5, max_buckets=1)
+    interactions = synthetic.make(USERS, ITEMS, min_history=4, median_history=7, max_history=16).interactions
+    ready = run.prepare(config, (interactions, split(), content()))
+    monkeypatch.setattr(reference, "MAX_REPLAYED", len(split().train.item) * 2 * 3 // 2)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        said = dict(results.reference_results(ready, 3))
+    assert len(said) == 6 and said["least_sampled"]["test"]["clients"] == USERS // 2
+    assert sum("Compiling" in r.getMessage() and "_rank_pass" in r.getMessage() for r in caplog.records) == 1
 
 
 # ---- real data -----------------------------------------------------------------------------------------------
