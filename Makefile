@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest -n $(WORKERS) --dist=loadgroup
+	$(RUN) -m pytest -n $(WORKERS) --dist=loadfile --no-loadscope-reorder
 
 test-encoders: $(VENV)/installed-encoders
 	$(RUN) -m pytest tests/encoders

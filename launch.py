@@ -264,9 +264,9 @@ def train() -> int:
     if FLAGS.seeds:
         return train_seeds()
     config = config_from_flags()
-    data = run.load_data(config)
-    print(run.introduction(run.prepare(config, data)), flush=True)
-    summary = run.train(config, FLAGS.workdir or None, data=data, progress=FLAGS.progress)
+    ready = run.prepare(config)
+    print(run.introduction(ready), flush=True)
+    summary = run.train(config, FLAGS.workdir or None, ready=ready, progress=FLAGS.progress)
     if summary["status"] == run.STOPPED:
         said = f"{run.STOPPED} after round {summary['rounds']}"
         if FLAGS.workdir:

@@ -3,9 +3,9 @@ training-free rankers.
 
     python experiments/tables.py --data_dir=DATA --out=runs/tables --seeds=5 --against=fedmf experiments/ku_*.flags
 
-Every run is a workdir OUT/<flagfile>/seed_<n>, made by launch.py; finished ones are not run again, and one that was
-made with other flags is lengthened or refused. A row is named by its flagfile, without the data set and the split. The
-last column is the paired difference to --against;
+The seeds of a flagfile are workdirs OUT/<flagfile>/seed_<n>, made by one launch.py, which compiles once for them;
+finished ones are not run again, and those made with other flags are lengthened or refused. A row is named by its
+flagfile, without the data set and the split. The last column is the paired difference to --against;
 --claims=a>b,c>d are judged below the table at every cut-off: each client's metric is averaged over seeds, and the mean
 of the per-client differences is shown with its 95 % interval (see fedjax_rec/compare.py). A claim is true or false
 where the interval leaves zero out, else open. A run has the cut-offs of its flagfile; where --k is given it has those
@@ -14,6 +14,7 @@ instead, and the ones that its round is selected at.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -75,28 +76,32 @@ def cut_offs(flagfile: Path) -> list[str]:
     return [f"--k={','.join(map(str, sorted(every)))}"]
 
 
-def run_one(flagfile: Path, seed: int, workdir: Path) -> bool:
+def run_seeds(flagfile: Path, home: Path) -> bool:
     """False for a flagfile that was refused and is to be left out."""
     asked = {"flags": every_flag(flagfile)}
-    record = workdir / "asked.json"
-    if (workdir / "summary.json").exists() and record.exists() and read_json(record) == asked:
+    folders = [home / compare.SEED_FOLDER.format(seed) for seed in range(FLAGS.seeds)]
+    said = [folder / "asked.json" for folder in folders if (folder / "summary.json").exists()]
+    if len(said) == FLAGS.seeds and all(record.exists() and read_json(record) == asked for record in said):
         return True
-    print(f"{flagfile.stem} seed {seed}", file=sys.stderr, flush=True)
+    print(f"{flagfile.stem}, {FLAGS.seeds} seeds", file=sys.stderr, flush=True)
+    # a cache that the environment names serves more than these tables
+    cache = [] if os.environ.get("JAX_COMPILATION_CACHE_DIR") else [f"--compile_cache={Path(FLAGS.out) / 'compiled'}"]
     command = [
-        sys.executable, str(LAUNCH), f"--flagfile={flagfile}", f"--seed={seed}", f"--workdir={workdir}",
-        *([f"--data_dir={FLAGS.data_dir}"] if FLAGS.data_dir else []), "--noprogress", "--noplots",
-        "--checkpoint_every=0", f"--compile_cache={Path(FLAGS.out) / 'compiled'}", *cut_offs(flagfile), *FLAGS.override,
+        sys.executable, str(LAUNCH), f"--flagfile={flagfile}", "--seed=0", f"--seeds={FLAGS.seeds}",
+        f"--workdir={home}", *([f"--data_dir={FLAGS.data_dir}"] if FLAGS.data_dir else []), "--noprogress", "--noplots",
+        "--checkpoint_every=0", *cache, *cut_offs(flagfile), *FLAGS.override,
     ]  # fmt: skip
     code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
     if code == DIVERGED:
-        print(f"{workdir}: no result (see above); the table counts the seeds that have one", file=sys.stderr)
+        print(f"{home}: not all seeds have a result (see above); the table counts those that do", file=sys.stderr)
     elif code == REFUSED and FLAGS.keep_going:
         print(f"{flagfile}: refused (see above), left out", file=sys.stderr)
         return False
     elif code:  # refused or stopped: no finding about the method
         sys.exit(code)
-    else:
-        write_json(record, asked)
+    for folder in folders:
+        if (folder / "summary.json").exists():
+            write_json(folder / "asked.json", asked)
     return True
 
 
@@ -219,10 +224,7 @@ def tables(flagfiles: Sequence[Path]) -> None:
         raise UsageError("no flagfile given, expected some, like experiments/ku_*.flags")
     placed, out = places(flagfiles), Path(FLAGS.out)
     check(list(placed.values()))
-    accepted = list(placed)
-    for seed in range(FLAGS.seeds if FLAGS.run else 0):
-        home = compare.SEED_FOLDER.format(seed)
-        accepted = [flagfile for flagfile in accepted if run_one(flagfile, seed, out / flagfile.stem / home)]
+    accepted = [flagfile for flagfile in placed if not FLAGS.run or run_seeds(flagfile, out / flagfile.stem)]
     if not accepted:
         raise UsageError(f"all of {', '.join(path.stem for path in placed)} were refused (see above)")
     found: dict[str, dict[str, Runs]] = defaultdict(dict)

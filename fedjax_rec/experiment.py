@@ -203,6 +203,10 @@ class Experiment:
     key: jax.Array
     eval_cohort: Cohort | None
 
+    def with_seed(self, seed: int) -> Experiment:
+        """The same run from another seed. Nothing compiled depends on the seed, so that both compile once."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, seed=seed), key=jax.random.key(seed))
+
     def cohort_users(self, round_: int) -> np.ndarray | None:
         """User ids of a round's cohort, drawn from (seed, round) alone; None for everybody."""
         count = cohort_size(self.config.clients_per_round, self.split.num_users)

@@ -105,6 +105,7 @@ def train_state(
     workdir: str | os.PathLike | None = None,
     *,
     data: tuple | None = None,
+    ready: Experiment | None = None,
     progress: bool = False,
     references: bool = True,
 ) -> tuple[dict[str, Any], Experiment, State]:
@@ -116,6 +117,7 @@ def train_state(
         workdir: folder for logs and checkpoints; a run that finds its checkpoint there goes on from it, also to more
             rounds than it was begun with.
         data: see prepare.
+        ready: what prepare made of `config`, where a program has it; several seeds of one (`with_seed`) compile once.
         progress: show a progress bar.
         references: judge the training-free rankers too (a search over settings leaves them out).
 
@@ -127,7 +129,7 @@ def train_state(
         FloatingPointError: loss or scores stopped being finite; names the rounds. Checkpoints stay.
     """
     started = time.perf_counter()
-    ready = prepare(config, data)
+    ready = ready or prepare(config, data)
     check_memory(ready.engine)
     accounting.check(ready)
     folder = None if workdir is None else Path(workdir)

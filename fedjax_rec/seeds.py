@@ -12,7 +12,7 @@ import numpy as np
 
 from fedjax_rec import run
 from fedjax_rec.compare import MAY_DIFFER, SEED_FOLDER, Runs, aligned, read_runs, seed_folders, spread
-from fedjax_rec.experiment import RunConfig, check_memory, identity, load_data
+from fedjax_rec.experiment import Experiment, RunConfig, check_memory, identity
 from fedjax_rec.privacy import accounting
 from fedjax_rec.validate import positive
 from fedjax_rec.workdir import UsageError, claim, differences, read_config, write_json
@@ -45,9 +45,10 @@ def train_seeds(
     """
     positive("seeds", count)
     folder = Path(workdir)
-    data = data or load_data(config)
     wanted = {SEED_FOLDER.format(seed): seed for seed in range(config.seed, config.seed + count)}
-    given = _check_beside(config, folder, data, wanted)
+    _check_no_run(folder)
+    ready = run.prepare(config, data)
+    given = _check_beside(ready, folder, wanted)
     # all, so that none is averaged as it was, and none where one is refused
     for change in (run.lengthened, run.lengthen) if given else ():
         for name, seed in wanted.items():
@@ -60,7 +61,7 @@ def train_seeds(
             claim(home, {**given, "seed": seed})  # or it is another run's
             continue
         try:
-            summary = run.train(one, home, data=data, progress=progress)
+            summary = run.train(one, home, ready=ready.with_seed(seed), progress=progress)
         except FloatingPointError as error:
             failed[str(seed)] = str(error)
             continue
@@ -77,20 +78,22 @@ def train_seeds(
     return said
 
 
-def _check_beside(config: RunConfig, folder: Path, data: tuple, wanted: Collection[str]) -> dict[str, Any]:
-    """That nothing is in the folder which would be averaged with these seeds; the identity of the runs if any is.
-    Wanted ones may have fewer rounds."""
+def _check_no_run(folder: Path) -> None:
     if (folder / "config.json").exists():
         raise UsageError(
             f"{folder} holds a single run or a search (config.json); expected a folder of seeds: use another --workdir"
         )
+
+
+def _check_beside(ready: Experiment, folder: Path, wanted: Collection[str]) -> dict[str, Any]:
+    """That nothing is in the folder which would be averaged with these seeds; the identity of the runs if any is.
+    Wanted ones may have fewer rounds."""
     held = [home for home in seed_folders(folder) if (home / "config.json").exists()]
-    given = {}
-    if held:
-        ready = run.prepare(config, data)
-        check_memory(ready.engine)
-        accounting.check(ready)
-        given = identity(ready)
+    if not held:
+        return {}
+    check_memory(ready.engine)
+    accounting.check(ready)
+    given = identity(ready)
     for home in held:
         there = read_config(home)
         grown = {"rounds"} if home.name in wanted and there.get("rounds", 0) < given["rounds"] else set()

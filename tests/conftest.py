@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from fedjax_rec.system import spare_maps
 
 quick.in_this_process()  # before any device is used
 
+LONGEST = ("test_laws.py", "test_experiments.py", "test_privacy.py")
+begun = itertools.count()  # tests of this process
 REAL_DATA = Path(os.environ.get("FEDJAX_REC_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
 
@@ -36,19 +39,21 @@ def real_data() -> Callable[..., Path]:
 
 @pytest.fixture(autouse=True)
 def no_crash_from_too_many_compiled_functions() -> None:
-    spare_maps()
+    if next(begun) % 8 == 0:  # looking takes up to 40 ms, and eight tests leave half of the maps by far
+        spare_maps()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay together on one worker; of the laws, those of one case, which share compiled engines."""
-    group = {item: _case(item) or item.path.name for item in items}
-    first = {name: place for place, name in reversed(list(enumerate(group.values())))}
-    items.sort(key=lambda item: first[group[item]])
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group[item]))
+    """Workers take whole files in this order (`--dist=loadfile --no-loadscope-reorder`): long ones first, so that none
+    is left alone at the end. In a file, tests of one `case` follow each other, because they share compiled engines."""
+    late = lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+    place: dict[tuple[str, str], int] = {}
+    for n, item in enumerate(items):
+        place.setdefault(_case(item), n)
+    items.sort(key=lambda item: (late(item), place[_case(item)]))
 
 
-def _case(item: pytest.Item) -> str:
-    """The `case` a law is about, or ""."""
+def _case(item: pytest.Item) -> tuple[str, str]:
+    """The file and the `case` a test is about, if it says one."""
     call = getattr(item, "callspec", None)
-    return str(call.params["case"]) if call and item.path.name == "test_laws.py" and "case" in call.params else ""
+    return str(item.path), str(call.params.get("case", "")) if call else ""

@@ -23,6 +23,7 @@ from fedjax_rec.rounds import State
 from fedjax_rec.types import ITEM_ROLES
 
 
+@jax.jit
 def all_batches(data: LocalData) -> Batch:
     """Every step's samples [steps, batch]."""
     return jax.vmap(data.samples.at)(jnp.arange(data.samples.most_steps))
@@ -107,7 +108,7 @@ class Oracle:
         shared = self.published(jax.random.key(0), state)
         own = jax.tree.map(lambda x: jnp.asarray(x[user]), state.clients)
         data = self.data(jax.random.key(0), user, 0)
-        return self.method.score(shared, self.method.download(shared, (), own, data), data)
+        return self._score(shared, own, data)
 
     def data(self, key, user: int, round_: int, sampling: Sampling | None = None):
         """The client's samples, pointing into the catalogue."""
@@ -160,6 +161,11 @@ class Oracle:
     @functools.cached_property
     def _apply(self):
         return jax.jit(self.method.exchange.apply)
+
+    @functools.cached_property
+    def _score(self):
+        method = self.method
+        return jax.jit(lambda shared, own, data: method.score(shared, method.download(shared, (), own, data), data))
 
     @functools.cached_property
     def _train(self):

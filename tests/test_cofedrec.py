@@ -38,13 +38,16 @@ def slow_contrast(table, labels, anchors, temperature):
     return total / len(anchors)
 
 
+contrast = jax.jit(cofedrec.contrast, static_argnums=(3, 4))
+
+
 @pytest.mark.parametrize(("items", "anchors"), [(7, "all"), (70, "all"), (130, "all"), (70, "drawn")])
 def test_contrast_in_blocks_is_its_definition(items, anchors):
     table = RNG.normal(size=(items, 3)).astype(np.float32)
     labels = RNG.integers(0, 3, items)
     labels[0] = 3  # alone in its cluster
     chosen = np.arange(items) if anchors == "all" else RNG.integers(0, items, 10)
-    value, grad = cofedrec.contrast(jnp.asarray(table), jnp.asarray(labels), jnp.asarray(chosen), 0.3, 5)
+    value, grad = contrast(jnp.asarray(table), jnp.asarray(labels), jnp.asarray(chosen), 0.3, 5)
     close(value, slow_contrast(table, labels, chosen, 0.3))
     for row, column in [(0, 0), (1, 2), (items - 1, 1)]:
         step = np.zeros(table.shape)
@@ -55,13 +58,13 @@ def test_contrast_in_blocks_is_its_definition(items, anchors):
 
 def test_rows_of_zeros_get_no_gradient():
     table = jnp.asarray(RNG.normal(size=(6, 3)).astype(np.float32)).at[2].set(0.0)
-    value, grad = cofedrec.contrast(table, jnp.array([0, 0, 0, 1, 1, 1]), jnp.arange(6), 0.1, 2)
+    value, grad = contrast(table, jnp.array([0, 0, 0, 1, 1, 1]), jnp.arange(6), 0.1, 2)
     assert np.isfinite(value) and np.isfinite(grad).all() and not np.asarray(grad[2]).any()
 
 
 def test_drawn_anchors_give_the_full_gradient_on_average():
     table, labels = jnp.asarray(RNG.normal(size=(20, 3)).astype(np.float32)), jnp.arange(20) % 4
-    of = lambda anchors: cofedrec.contrast(table, labels, anchors, 0.5, 4)[1]
+    of = lambda anchors: contrast(table, labels, anchors, 0.5, 4)[1]
     one_by_one = jax.vmap(of)(jnp.arange(20)[:, None])
     close(one_by_one.mean(0), of(jnp.arange(20)))
 

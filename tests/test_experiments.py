@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,16 +113,26 @@ def base(tmp_path_factory) -> Path:
     return path
 
 
-def test_ablations_write_markdown_and_plots_and_are_not_run_twice(base, tmp_path):
+@pytest.fixture(scope="module")
+def held(base, tmp_path_factory) -> Path:
+    """Its workdir of seed 0, as tables.py makes it: one run for the tests that need a finished one."""
+    out = tmp_path_factory.mktemp("held")
+    said = call("experiments/tables.py", f"--out={out}", "--seeds=1", "--against=fedvlr_fcf", base)
+    assert "| fedvlr_fcf |" in said and "| *popularity* |" in said
+    return out / base.stem / "seed_0"
+
+
+def test_ablations_write_markdown_and_plots_and_are_not_run_twice(base, held, tmp_path):
+    shutil.copytree(held, tmp_path / "full" / "seed_0")
     command = ("experiments/ablations.py", f"--base={base}", f"--out={tmp_path}", "--seeds=1", "--groups=noise")
     said = call(*command)
     assert (tmp_path / "ablations.md").read_text() in said and (tmp_path / "noise.png").exists()
     rows = {line.split("|")[1].strip(): line for line in said.splitlines() if line.startswith("| ")}
     assert {"full", "variance_0.1", "variance_0.1_on_views", "l2_0.001"} <= rows.keys()
     assert rows["full"].split("|")[2] != rows["variance_0.1"].split("|")[2]
-    held = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/seed_*/summary.json")}
-    assert len(held) >= 3
-    assert call(*command) == said and all(path.stat().st_mtime_ns == time for path, time in held.items())
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/seed_*/summary.json")}
+    assert len(written) >= 3
+    assert call(*command) == said and all(path.stat().st_mtime_ns == time for path, time in written.items())
 
 
 CURVES = """
@@ -156,7 +167,7 @@ def test_values_of_one_setting_are_drawn_as_a_curve(tmp_path):
     assert done.stdout.split() == ["sampling", "interval", "beta", "gate", "size"]
 
 
-def test_a_recipe_that_is_refused_is_no_finding(base, tmp_path):
+def test_a_recipe_that_is_refused_is_no_finding(base, held, tmp_path):
     bad = tmp_path / "synthetic_bad.flags"
     bad.write_text(f"--flagfile={base}\n--set=operators=sum,sum\n")
     command = [sys.executable, "experiments/tables.py", f"--out={tmp_path}", "--seeds=1", str(bad)]
@@ -164,6 +175,7 @@ def test_a_recipe_that_is_refused_is_no_finding(base, tmp_path):
     assert done.returncode == 2 and "each once" in done.stderr
     good = tmp_path / "synthetic_good.flags"
     good.write_text(f"--flagfile={base}\n")
+    shutil.copytree(held, tmp_path / good.stem / "seed_0")
     done = subprocess.run(
         [*command[:-1], "--against=good", "--keep_going", str(bad), str(good)],
         cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT,
@@ -172,14 +184,15 @@ def test_a_recipe_that_is_refused_is_no_finding(base, tmp_path):
     assert "| good |" in done.stdout and "| bad |" not in done.stdout
 
 
-def test_tables_reuse_runs_of_the_same_flags_alone(base, tmp_path):
-    """More rounds lengthen them; other settings are refused, and what is there stays."""
+def test_tables_reuse_runs_of_the_same_flags_alone(base, held, tmp_path):
+    """More rounds lengthen them; other settings are refused, and what is there stays. More seeds are added."""
     command = ["experiments/tables.py", f"--out={tmp_path}", "--seeds=1", "--against=fedvlr_fcf", str(base)]
-    first = call(*command)
-    home = tmp_path / base.stem / "seed_0"
-    held = {path: path.stat().st_mtime_ns for path in home.glob("*.json")}
-    assert call(*command) == first and all(path.stat().st_mtime_ns == time for path, time in held.items())
-    call(*command, "--override=--rounds=6")
+    home = Path(shutil.copytree(held, tmp_path / base.stem / "seed_0"))
+    written = {path: path.stat().st_mtime_ns for path in home.glob("*.json")}
+    assert "| fedvlr_fcf |" in call(*command)
+    assert len(written) >= 3 and all(path.stat().st_mtime_ns == time for path, time in written.items())
+    said = call(*command, "--seeds=2", "--override=--rounds=6")
+    assert "| 2 | " in next(line for line in said.splitlines() if line.startswith("| fedvlr_fcf |"))
     assert json.loads((home / "config.json").read_text())["rounds"] == 6 and (home / "summary_4.json").exists()
     refused = subprocess.run(
         [sys.executable, *command, "--override=--rounds=6", "--override=--set=lr=0.1"],
@@ -254,16 +267,16 @@ def test_tables_of_two_splits_with_the_cut_offs_of_their_recipes(tmp_path):
     common = ["--method=fedmf", "--set=dim=8", *QUICK]
     warm.write_text("\n".join([*common, "--select_metric=NDCG@50"]) + "\n")
     cold.write_text("\n".join([*common, "--split=cold_items", "--k=20,100", "--select_metric=Recall@20"]) + "\n")
-    heads = {}
-    for k in ("", "--k=30"):
-        said = call("experiments/tables.py", f"--out={tmp_path / f'out{k}'}", "--seeds=1", *k.split(), warm, cold)
-        titles = [line for line in said.splitlines() if line.startswith("synthetic ")]
-        assert titles == ["synthetic leave_one_out honest", "synthetic cold_items honest"]
-        assert said.count("| fedmf |") == 2
-        heads[k] = [line.split(" | ")[1:4] for line in said.splitlines() if line.startswith("|  | ")]
-    assert heads[""] == [["HR@10", "NDCG@10", "HR@50"], ["Recall@20", "NDCG@20", "Recall@100"]]
-    assert [head[:2] for head in heads["--k=30"]] == [["HR@30", "NDCG@30"], ["Recall@30", "NDCG@30"]]
-    config = json.loads((tmp_path / "out--k=30" / cold.stem / "seed_0" / "config.json").read_text())
+    command = ("experiments/tables.py", "--seeds=1")
+    head = lambda said: [line.split(" | ")[1:4] for line in said.splitlines() if line.startswith("|  | ")]
+    said = call(*command, f"--out={tmp_path / 'out'}", warm, cold)
+    titles = [line for line in said.splitlines() if line.startswith("synthetic ")]
+    assert titles == ["synthetic leave_one_out honest", "synthetic cold_items honest"]
+    assert said.count("| fedmf |") == 2
+    assert head(said) == [["HR@10", "NDCG@10", "HR@50"], ["Recall@20", "NDCG@20", "Recall@100"]]
+    (shown,) = head(call(*command, f"--out={tmp_path / 'out_30'}", "--k=30", cold))
+    assert shown[:2] == ["Recall@30", "NDCG@30"]
+    config = json.loads((tmp_path / "out_30" / cold.stem / "seed_0" / "config.json").read_text())
     assert config["ks"] == [20, 30]
     again = ("experiments/tables.py", f"--out={tmp_path / 'out'}", "--norun", "--k=30", warm)
     done = subprocess.run(
@@ -307,12 +320,12 @@ def test_tables_refuse_what_they_cannot_answer_before_the_first_run(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_plots_of_a_run_with_a_router(base, tmp_path):
-    call("launch.py", f"--flagfile={base}", f"--workdir={tmp_path / 'run'}", "--rounds=4")
-    call("experiments/plots.py", f"--out={tmp_path / 'plots'}", tmp_path / "run")
-    names = {"users.png", "loss.png", "activity.png", "run_router.png", "run_router.csv", "run_items.png"}
+def test_plots_of_a_run_with_a_router(held, tmp_path):
+    call("experiments/plots.py", f"--out={tmp_path / 'plots'}", held)
+    run = f"{held.parent.name}_seed_0"
+    names = {"users.png", "loss.png", "activity.png", f"{run}_router.png", f"{run}_router.csv", f"{run}_items.png"}
     assert {path.name for path in (tmp_path / "plots").iterdir()} == names
-    lines = (tmp_path / "plots" / "run_router.csv").read_text().splitlines()
+    lines = (tmp_path / "plots" / f"{run}_router.csv").read_text().splitlines()
     assert lines[0] == "user_id,train_items,sum,mlp,gate" and len(lines) == 601
     weights = [[float(w) for w in line.split(",")[2:]] for line in lines[1:]]
     assert all(abs(sum(w) - 1) < 1e-5 for w in weights) and len(set(map(tuple, weights))) > 300

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -39,6 +41,22 @@ def test_every_seed_is_the_run_of_that_seed(folder):
     alone, among = (json.loads((folder / name / "summary.json").read_text()) for name in ("single", "fedmf/seed_3"))
     assert alone["test"] == among["test"] and alone["valid"] == among["valid"]
     assert sorted(path.name for path in (folder / "fedmf").glob("seed_*")) == ["seed_3", "seed_4", "seed_5"]
+
+
+def test_seeds_compile_once(tmp_path, caplog):
+    """All that is compiled when the second seed starts serves it."""
+    starts, train = [], run.train
+
+    def counted(*arguments, **options):
+        starts.append(len(compiled()))
+        return train(*arguments, **options)
+
+    compiled = lambda: [said.getMessage() for said in caplog.records if said.getMessage().startswith("Compiling")]
+    with pytest.MonkeyPatch.context() as patch, jax.log_compiles(), caplog.at_level(logging.WARNING):
+        patch.setattr(run, "train", counted)
+        seeds.train_seeds(CONFIG, tmp_path, 2, data=data())
+    assert len(starts) == 2 and any("_client_round" in said for said in compiled()[: starts[1]])
+    assert compiled()[starts[1] :] == []
 
 
 def test_more_rounds_lengthen_all_seeds_and_a_stop_leaves_none_as_it_was(folder, tmp_path, monkeypatch):
