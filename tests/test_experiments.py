@@ -72,7 +72,7 @@ def test_a_new_method_is_short_and_runs_from_the_command_line(tmp_path):
     code = path.read_text().split("# ---- ")[1].splitlines()[1:]
     assert 20 < len(code) < 40 and "METHODS[" in code[-1]
     command = [sys.executable, str(path), "--rounds=60", "--set=bias_lr_scale=0.5", f"--workdir={tmp_path}"]
-    command += ["--noplots", "--noprogress", "--cpu_devices=1", "--eval_every=20"]
+    command += ["--noplots", "--noprogress", "--cpu_devices=1", "--max_buckets=1", "--eval_every=20"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=quick.ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -354,7 +354,7 @@ def test_tag_features_of_items_with_the_same_tags_are_the_same(tmp_path):
 
 def test_guidance_before_and_after_for_every_group(tmp_path):
     """The run went on by itself has, after its next guidance round, the metrics that the analysis says."""
-    common = ["--method=fedrkg", "--set=interval=3", "--cpu_devices=1", "--max_buckets=2", "--noplots", "--noprogress"]
+    common = ["--method=fedrkg", "--set=interval=3", "--cpu_devices=1", "--max_buckets=1", "--noplots", "--noprogress"]
     common += ["--set=beta=0.2", "--set=gate_lr=2000", "--clients_per_round=0.8"]
     for rounds in (5, 6):
         call("launch.py", *common, f"--rounds={rounds}", f"--workdir={tmp_path / str(rounds)}")

@@ -420,7 +420,7 @@ def test_uploads_are_finite_and_move_what_the_client_saw(case):
 @pytest.mark.parametrize("case", PLAIN)
 def test_loss_falls(case):
     # CoFedRec's contrast takes most of a second a round, and its loss falls within a few
-    _, infos = play(engine(case), [None] * (20 if case == "cofedrec" else 60))
+    _, infos = play(engine(case), [None] * (12 if case == "cofedrec" else 60))
     losses = [float(info["loss"]) for info in infos]
     # negatives are drawn anew each round, which moves a mean of five rounds by some thousandths
     assert np.mean(losses[-5:]) < 0.98 * np.mean(losses[:5])
