@@ -126,7 +126,8 @@ def summarise(
         best: the selected round, or None if nothing was evaluated.
         done: rounds run.
         rankers: those of reference_results by name.
-        compile_s: the seconds of the first round of this process, or None if it ran none.
+        compile_s: the seconds of the run's first round in this process, or None if it ran none; nearly all of it is
+            compilation, but where an earlier seed has compiled the same.
     """
     config = ready.config
     trained = [line["seconds"]["train"] for line in lines if not line["seconds"].get("first")]

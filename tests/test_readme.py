@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 from fedjax_rec import methods, metrics, reference, rounds, run
@@ -12,6 +13,14 @@ from fedjax_rec.data import clients, splits, synthetic
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def compiled_to_run():
+    """With XLA's optimisations, which are worth their time where so many rounds are trained (30 s for 50)."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
