@@ -126,9 +126,12 @@ def train_state(
 
     Raises:
         UsageError: the workdir is another run's, or the run does not fit in memory.
+        ValueError: `ready` was made of another configuration.
         FloatingPointError: loss or scores stopped being finite; names the rounds. Checkpoints stay.
     """
     started = time.perf_counter()
+    if ready is not None and ready.config != config:
+        raise ValueError("ready was made of another configuration; expected what prepare makes of the given one")
     ready = ready or prepare(config, data)
     check_memory(ready.engine)
     accounting.check(ready)

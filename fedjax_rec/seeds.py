@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -56,12 +55,12 @@ def train_seeds(
     failed: dict[str, str] = {}
     status = "done"
     for name, seed in wanted.items():
-        one, home = dataclasses.replace(config, seed=seed), folder / name
+        chosen, home = ready.with_seed(seed), folder / name
         if (home / "summary.json").exists():
             claim(home, {**given, "seed": seed})  # or it is another run's
             continue
         try:
-            summary = run.train(one, home, ready=ready.with_seed(seed), progress=progress)
+            summary = run.train(chosen.config, home, ready=chosen, progress=progress)
         except FloatingPointError as error:
             failed[str(seed)] = str(error)
             continue

@@ -59,6 +59,13 @@ def test_seeds_compile_once(tmp_path, caplog):
     assert compiled()[starts[1] :] == []
 
 
+def test_what_was_prepared_of_another_configuration_is_refused(tmp_path):
+    ready = run.prepare(CONFIG, data())
+    with pytest.raises(ValueError, match="ready was made of another configuration"):
+        run.train(CONFIG, tmp_path, ready=ready.with_seed(CONFIG.seed + 1))
+    assert not list(tmp_path.iterdir())
+
+
 def test_more_rounds_lengthen_all_seeds_and_a_stop_leaves_none_as_it_was(folder, tmp_path, monkeypatch):
     shutil.copytree(folder / "fcf", tmp_path / "fcf")
     longer = dataclasses.replace(CONFIG, method="fcf", rounds=6)
