@@ -70,6 +70,14 @@ class Layout:
     buckets: tuple[Bucket, ...]
     pool: Array | None
 
+    def __repr__(self) -> str:  # by sizes: the default prints every array
+        spec = self.clients
+        what = (
+            f"{spec.num_users:,} clients", f"{spec.num_items:,} items", f"{len(spec.buckets)} buckets",
+            f"{spec.num_devices} devices",
+        )  # fmt: skip
+        return f"{type(self).__name__}({self.method.name}: {', '.join(what)})"
+
     def per_device(self) -> list[int]:
         """Clients of every bucket on one device."""
         return [b.user.shape[0] // self.clients.num_devices for b in self.clients.buckets]

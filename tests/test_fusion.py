@@ -345,6 +345,34 @@ def test_copies_of_what_is_shared_step_after_pfedrecs_head(backbone):
     jax.tree.map(lambda x, g: close(x, -0.7 * 0.5 * g), update["fusion"], gradient["fusion"])
 
 
+@pytest.mark.parametrize("backbone", ["fcf", "pfedrec", "fedrap", "fedncf"])
+@pytest.mark.parametrize("name", ["fedvbpr", "fedvlr"])
+def test_copies_that_take_one_local_step_are_cotangents_pulled_back(name, backbone):
+    """So +VBPR may be run by update=gradients, whose clients train no map of the features, where steps are one."""
+    settings = {"dim": 4, "id_dim": 2, "lr": 0.7, "item_lr_scale": 0.3, "fusion_lr_scale": 0.5, "backbone": backbone}
+    settings |= OF_BACKBONE.get(backbone, {"layers": (4,)})
+
+    def stepped_by(update):
+        method = methods.build(name, USERS, 12, catalogue(12, 7), update=update, **settings)
+        server = method.init_server(jax.random.key(1))
+        shared, rng = method.publish(jax.random.key(0), server), np.random.default_rng(5)
+        uploads = []
+        for _ in range(3):
+            params = {**shared, **method.init_client(jax.random.key(2), shared)}
+            data = sample_data(rng, 12, 10, 1)
+            params, changed, _ = method.local_update(jax.random.key(3), shared, params, data)
+            uploads.append(method.upload(jax.random.key(4), shared, params, changed, data)[1])
+        mean = jax.tree.map(lambda *x: sum(x) / 3, *uploads)
+        after, _ = method.server_update(jax.random.key(6), server, Aggregate(mean, jnp.ones(()), jnp.ones(())))
+        if update == "parameters":
+            return {"operators": after.shared["fusion"], "id": after.shared["guide"]["id"]}
+        return after.private["trainable"]
+
+    pulled = stepped_by("gradients")
+    assert np.abs(pulled["id"]).max() > 0.01
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), stepped_by("parameters"), pulled)
+
+
 def test_decay_of_ids_does_not_grow_with_the_clients():
     for users in (USERS, 40 * USERS):
         method = methods.build("fedvlr", users, ITEMS, catalogue(ITEMS, 7), dim=4, id_dim=6, lr=0.5, l2=0.1)

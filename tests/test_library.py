@@ -53,6 +53,12 @@ def case(request, feedback, split, tmp_path_factory):
     return fr.fit(config, feedback, split, workdir=folder), folder
 
 
+def test_what_a_notebook_shows_is_a_line(case, split):
+    engine = case[0].experiment.engine
+    assert repr(split).startswith("Split(leave_one_out, 200 users, 150 items, pairs: train ")
+    assert repr(engine).startswith(f"Engine({engine.method.name}: 200 clients, 150 items, ") and len(repr(engine)) < 100
+
+
 def test_the_full_list_is_the_evaluations_ranking(case, feedback, split):
     run, _ = case
     ranks = run.experiment.evaluator.ranks(run.experiment.key, run.state, run.round).test[:, 0]

@@ -60,6 +60,10 @@ class Split:
     candidates: dict[str, np.ndarray] | None
     tie_rule: str
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{part} {len(getattr(self, part).user):,}" for part in ("train", "valid", "test"))
+        return f"Split({self.name}, {self.num_users:,} users, {self.num_items:,} items, pairs: {sizes})"
+
 
 def leave_one_out(interactions: Interactions, ties: str = "later_row") -> Split:
     """Each user's newest pair is test, the second newest valid, the rest train.
