@@ -9,10 +9,12 @@ import pytest
 
 from fedjax_rec import aggregate, methods
 from fedjax_rec.backbones.fused import fused_backbone
+from fedjax_rec.data import clients, splits, synthetic
 from fedjax_rec.item_sources import Catalogue, views
 from fedjax_rec.method import Aggregate, Batch, Listed, LocalData, batch_at
 from fedjax_rec.methods import fusion, fusion_client
 from fedjax_rec.privacy import mechanisms
+from fedjax_rec.rounds import make_engine
 
 USERS, ITEMS = 5, 30
 
@@ -147,6 +149,64 @@ def test_noise_has_the_variance_of_the_weighted_mean():
     assert abs(float(moved.std()) - 0.25) < 0.005  # 60,000 draws: the standard error is 0.0007
 
 
+def test_noise_on_views_is_noise_of_the_jacobians_shape_on_the_table():
+    """Of one Sum view a row of D gets the view's noise times its projection W [id_dim, dim]: covariance s^2 W W^T."""
+    items = 20_000
+    method = methods.build(
+        "fedvlr", 1, items, catalogue(items, 2), dim=4, id_dim=2, operators="sum", backbone="fcf", noise_std=0.5,
+        noise_on="views", lr=1.0, centre=False,
+    )  # fmt: skip
+    server = method.init_server(jax.random.key(1))
+    received = Aggregate({"views": jnp.zeros((items, 1, 4)), "weight": jnp.ones(())}, jnp.float32(1), jnp.float32(1))
+    after, _ = method.server_update(jax.random.key(2), server, received)
+    moved = np.asarray(after.private["trainable"]["id"] - server.private["trainable"]["id"])
+    projection = np.asarray(server.private["trainable"]["operators"]["params"]["project_id"]["kernel"])
+    expected = 0.25 * projection @ projection.T
+    assert np.abs(moved.T @ moved / items - expected).max() < 0.05 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("ids", ["drop", "random"])
+def test_a_table_that_nobody_trains_gets_no_noise(ids):
+    before, after = stepped("fedvbpr", jnp.zeros_like, noise_std=0.5, ids=ids)
+    np.testing.assert_array_equal(before.shared["guide"]["id"], after.shared["guide"]["id"])
+    moved = jax.tree.map(jnp.subtract, after.shared["fusion"], before.shared["fusion"])
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(moved))
+
+
+def test_an_operator_and_a_modality_are_one_entry_each(monkeypatch):
+    """A program's own operator and a third modality train as the others do, and reach the router."""
+
+    class Product(views.Sum):
+        def __call__(self, parts):
+            return parts[0] * parts[1] * parts[2] * parts[3]
+
+    monkeypatch.setitem(views.OPERATORS, "product", Product)
+    two = catalogue(ITEMS, 7)
+    audio = np.random.default_rng(1).standard_normal((ITEMS, 5)).astype(np.float32)
+    three = two._replace(features={**two.features, "audio": audio})
+    method = methods.build("fedvlr", USERS, ITEMS, three, dim=4, id_dim=6, operators="sum,product", ids="random")
+    server = method.init_server(jax.random.key(1))
+    made = method.publish(jax.random.key(0), server)["views"]
+    assert made.shape == (ITEMS, 2, 4)
+    received = Aggregate({"views": jnp.ones_like(made)}, jnp.ones(()), jnp.float32(USERS))
+    after, _ = method.server_update(jax.random.key(0), server, received)
+    project = lambda server: server.private["trainable"]["operators"]["params"]["project_audio"]["kernel"]
+    assert project(server).shape == (5, 4) and np.abs(project(after) - project(server)).max() > 0
+    params = {"views": made, **method.init_client(jax.random.key(2), {})}
+    said = method.explain({}, params, sample_data(np.random.default_rng(0), ITEMS, 10, 1))
+    assert said["router"].shape == (2,)
+    one = methods.build("fedvlr", USERS, ITEMS, three, dim=4, id_dim=6, operators="product")
+    assert one.explain({}, {}, None) == {}  # a view alone has no weight to tell
+
+
+def test_bytes_count_all_views_though_clients_work_on_rows():
+    split = splits.leave_one_out(synthetic.make(20, 300, min_history=4, median_history=6, max_history=9).interactions)
+    method = methods.build("fedvlr", 20, 300, catalogue(300, 7), dim=4, id_dim=6, backbone="fcf", local_epochs=1)
+    sizes = make_engine(method, clients.build(split, max_buckets=1)).bytes_per_client()
+    assert sizes["down"] == sizes["up"] == 300 * 3 * 4 * 4  # items, views, width, float32
+    assert sizes["down_rows"] == sizes["up_rows"] < sizes["up"] / 2
+
+
 def test_a_data_set_without_features_is_refused():
     with pytest.raises(ValueError, match="fuses item features and the data set has none: give some as --features="):
         methods.build("fedvlr", 4, ITEMS)
@@ -211,6 +271,7 @@ def test_uploads_weigh_as_told():
         ("fedvlr", {"independence": -1}, "independence=-1"),
         ("fedvlr", {"network_lr_scale": 0}, "network_lr_scale=0"),
         ("fedvbpr", {"l2": 0.1}, "l2=0.1 with update=parameters"),
+        ("fedvlr", {"noise_on": "views"}, "noise_on=views without noise: give noise_std"),
     ],
 )
 def test_wrong_settings_are_named(name, settings, message):
@@ -230,6 +291,8 @@ def test_an_ablation_of_features_that_are_not_there_is_refused():
     methods.build("fedvlr", USERS, ITEMS, text, text="drop")
     with pytest.raises(ValueError, match="visual=random: the data set has no such features, only text"):
         methods.build("fedvlr", USERS, ITEMS, text, visual="random")
+    with pytest.raises(ValueError, match="ids=drop with text dropped too: nothing tells items apart"):
+        methods.build("fedvlr", USERS, ITEMS, text, text="drop", ids="drop")
     named = Catalogue({"visual": text.features["text"]})  # as the setting is
     assert not fusion.ablated_features(methods.make_config("fedvlr", {"visual": "drop"}), named)["visual"].any()
 

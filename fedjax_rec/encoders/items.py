@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def image_items(path: str | Path, id_column: str, folder: str | Path, image_colu
         path: the csv.
         id_column: its column of raw ids.
         folder: where the images lie.
-        image_column: column with the image's path relative to `folder`, for files that are not named by id.
+        image_column: column with the image's path, relative to `folder` or absolute, for files not named by id.
 
     Raises:
         DataError: a broken file or column, no such folder, or no image for any item.
@@ -72,7 +73,8 @@ def image_items(path: str | Path, id_column: str, folder: str | Path, image_colu
     raw_ids = _id_array(frame["item"])
     if image_column:
         names = frame[image_column].str.strip().tolist()
-        inputs = [folder / name if name and (folder / name).is_file() else None for name in names]
+        # os.path: Path.is_file raises on names that no file system takes
+        inputs = [folder / name if name and os.path.isfile(folder / name) else None for name in names]
         expected = [f"no file {name}" if name else f"no path in column '{image_column}'" for name in names]
     else:
         # Listed once, the preferred suffix last: a look-up per id and suffix is slow on network disks.
@@ -80,6 +82,7 @@ def image_items(path: str | Path, id_column: str, folder: str | Path, image_colu
         files.sort(key=lambda file: (-IMAGE_SUFFIXES.index(file.suffix.lower()), file.name))
         named = {file.stem: file for file in files}
         inputs = [named.get(str(raw_id)) for raw_id in raw_ids.tolist()]
+        inputs = [file if file and os.path.isfile(file) else None for file in inputs]  # links may lead nowhere
         expected = [f"no file {raw_id}{IMAGE_SUFFIXES[0]}" for raw_id in raw_ids.tolist()]
     if not any(inputs):
         raise DataError(
@@ -87,7 +90,7 @@ def image_items(path: str | Path, id_column: str, folder: str | Path, image_colu
             f"named by raw id with {', '.join(IMAGE_SUFFIXES)}; give --images, or --image_column for other names"
         )
     problems = {row: expected[row] for row, file in enumerate(inputs) if file is None}
-    sizes = [[str(file.relative_to(folder)), file.stat().st_size] if file else None for file in inputs]
+    sizes = [[os.path.relpath(file, folder), os.path.getsize(file)] if file else None for file in inputs]
     return Items(str(path), raw_ids, inputs, problems, _fingerprint(zip(raw_ids.tolist(), sizes, strict=True)))
 
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from fedjax_rec.types import Params
+from fedjax_rec.validate import one_of
 
 ID = "id"
 ROUTERS = ("user", "item", "batch_mean")
@@ -112,9 +113,14 @@ def fusion(operators: Sequence[str], dim: int, *, layer_norm: bool = False) -> n
 
 
 def fill_cold(table: Float[ArrayLike, "items dim"], warm: Bool[Array, "items"] | None, rule: str):
-    """The ID table with the rows of items that training never touches set by `rule`: `zero`, or the warm `mean`."""
+    """The ID table with the rows of items that training never touches set by `rule`.
+
+    Raises:
+        ValueError: for another rule than `zero` or the warm `mean`.
+    """
     if warm is None:
         return table
+    one_of("rule", rule, ("zero", "mean"))
     filled = jnp.zeros(()) if rule == "zero" else (table * warm[:, None]).sum(0) / warm.sum()
     return jnp.where(warm[:, None], table, filled)
 
@@ -153,7 +159,11 @@ def router_weights(
         history: mean views of the user's training items.
         present: 1 for items that count in `batch_mean`.
         mode: one of ROUTERS.
+
+    Raises:
+        ValueError: for another mode.
     """
+    one_of("mode", mode, ROUTERS)
     flat = views.reshape(views.shape[0], -1)
     if mode == "user":
         return nn.softmax(router.apply(params, history.reshape(-1)) / temperature)

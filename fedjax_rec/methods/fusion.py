@@ -10,15 +10,27 @@ linear in its cotangent, summing the clients' cotangents and pulling them back o
 per-client gradients of D and gamma.
 
     fedvlr      router over Sum, MLP and Gate
-    fedmr       the same algorithm under the name of the earlier paper
+    fedmr       the same algorithm under the name of the earlier paper: the papers' equations differ in symbols alone.
+                Their code differs (FedVLR's has LayerNorm after projections, `layer_norm=True`, and dropout 0.1 where
+                FedMR's has 0.5), and so do their tables of parameters (below)
     mlp_fusion  one MLP view, no router ("+MLP")
     fedvbpr     ID vector beside a linear map of the features; clients train copies ("+VBPR")
 
 Deviations: one rate for everything is the papers'; here D steps by lr * item_lr_scale * clients and gamma by lr *
 fusion_lr_scale, because a row's few clients are a small part of the mean. fedvbpr keeps the backbone's pointwise
 loss, so that only the fusion differs; `loss=bpr` is the released one. `update=parameters` is the released code:
-clients train copies of D and gamma, which the server averages. Its broken gate, double softmax and per-batch layers
-are not reproduced, but for `router=batch_mean`. The L2 weight acts on D and gamma (no released model uses it).
+clients train copies of D and gamma, which the server averages; where a round has one local step, the two are the same
+step, and `gradients` is much the faster for fedvbpr, whose clients else train a map of all features. The code's broken
+gate, double softmax, zeroed images (FedMR) and per-batch layers are not reproduced, but for `router=batch_mean`. The L2
+weight acts on D and gamma (no released model uses it).
+
+Noise on what clients send: a normal draw of deviation s on the cotangent G is, after the pull back, noise of covariance
+s^2 J^T J on the gradients of D and gamma, J = dF / d(D, gamma); a row of D gets s^2 sum over views of the squared
+Jacobian of its own views. It is not white, and its size is the operators'.
+
+Parameters of a client on KU, as the papers count: 120,132 are the views received, head and router (FedVLR; 155,972 with
+FedRAP's table), 455,620 a client that trains copies (FedMR). FedMR's 564,292 is FedNCF with every user's vector counted
+on one client, which no client here holds.
 """
 
 from __future__ import annotations
@@ -147,7 +159,9 @@ class Config(LocalConfig):
             positive(name, getattr(self, name), zero_allowed=True)
         if self.update == "parameters" and self.l2:
             raise ValueError(f"l2={self.l2:g} with update=parameters: clients train copies without it; leave it out")
-        if self.update == "parameters" and self.noise_std and self.noise_on == "views":
+        if self.noise_on == "views" and not self.noise_std:
+            raise ValueError("noise_on=views without noise: give noise_std, its standard deviation, too")
+        if self.update == "parameters" and self.noise_on == "views":
             raise ValueError("noise_on=views with update=parameters: no views are sent; set noise_on=gradients")
         if self.update == "parameters" and self.fusion_optimizer:
             raise ValueError(
@@ -173,7 +187,7 @@ def ablated_features(config: Config, catalogue: Catalogue) -> dict[str, np.ndarr
     """The frozen features as the settings want them, float32 [items, feat] by modality.
 
     Raises:
-        ValueError: without any features, or without those that a setting names.
+        ValueError: without any features, without those that a setting names, or where nothing is left of the items.
     """
     rng = np.random.default_rng(0)
     found = features_of(catalogue, "this method fuses", centre=config.centre)
@@ -184,8 +198,11 @@ def ablated_features(config: Config, catalogue: Catalogue) -> dict[str, np.ndarr
                 f"{name}={getattr(config, name)}: the data set has no such features, only {', '.join(found)}; leave it "
                 "out, or give some with --features"
             )
+    rules = {name: getattr(config, MODALITY_OF.get(name, ""), "keep") for name in found}
+    if {config.ids, *rules.values()} == {"drop"}:
+        raise ValueError(f"ids=drop with {', '.join(found)} dropped too: nothing tells items apart; keep one of them")
     for name, values in found.items():
-        rule = getattr(config, MODALITY_OF.get(name, ""), "keep")
+        rule = rules[name]
         if rule == "random":
             found[name] = values.std() * rng.standard_normal(values.shape).astype(np.float32)
         elif rule == "drop":
@@ -258,7 +275,9 @@ def multimodal(config: Config, num_users: int, num_items: int, name: str, catalo
         if config.update == "parameters":
             sent["guide"] = {ID: sent["guide"][ID]}  # features have no change
             if config.noise_std:
-                sent = _noisy(key, sent, scale)
+                noisy = _noisy(key, sent, scale)
+                # a table that nobody trains stays
+                sent = noisy if config.ids == "keep" else {**noisy, "guide": sent["guide"]}
             guide = server.shared["guide"]
             moving = {**{role: server.shared[role] for role in sent}, "guide": {ID: guide[ID]}}
             moved, state = step_by_change(averaging, sent, server.private["averaging"], moving)
@@ -290,7 +309,9 @@ def multimodal(config: Config, num_users: int, num_items: int, name: str, catalo
         return client.logits({**params, "views": made}, data, made)
 
     def explain(shared, params, data):
-        """The router's weight of every operator, mean over the catalogue."""
+        """The router's weight of every operator, mean over the catalogue; nothing where one view needs no router."""
+        if len(config.operators) == 1:
+            return {}
         made = views_of(params)
         weights = client.weights(params, made, history_mean(made, data), jnp.ones(num_items))
         return {"router": weights if weights.ndim == 1 else weights.mean(0)}

@@ -86,6 +86,20 @@ def test_images_are_found_by_a_column(tmp_path, csv):
     assert items.problems == {0: "no file a/b.png", 2: "no path in column 'cover'"}
 
 
+def test_image_paths_that_lead_nowhere_are_missing_images(tmp_path, csv):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "1.jpg").symlink_to(folder / "gone.jpg")
+    (folder / "2.jpg").write_bytes(b"x")
+    items = image_items(csv("item\n1\n2\n"), "item", folder)
+    assert items.inputs == [None, folder / "2.jpg"] and items.problems == {0: "no file 1.jpg"}
+
+    (tmp_path / "elsewhere.jpg").write_bytes(b"x")  # a path that stands by itself is taken as it is
+    table = csv(f"item,cover\n1,{'x' * 5000}.jpg\n2,{tmp_path / 'elsewhere.jpg'}\n")
+    items = image_items(table, "item", folder, "cover")
+    assert items.inputs == [None, tmp_path / "elsewhere.jpg"] and list(items.problems) == [0]
+
+
 def test_wrong_image_folders(tmp_path, csv):
     path = csv("item\n7\n")
     with pytest.raises(DataError, match=r"nowhere: there is no such folder"):
