@@ -88,11 +88,12 @@ def test_cold_rows_learn(case):
 
 
 @pytest.mark.parametrize("guidance", ["none", "zero", "random"])
-def test_ablated_guidance_knows_nothing_of_the_item(guidance):
+@pytest.mark.parametrize("neighbours", [0, 3])
+def test_ablated_guidance_knows_nothing_of_the_item(guidance, neighbours):
     cold = np.flatnonzero(~split().candidates["train"])
     values = features()
     values[cold] *= -1
-    made = [built("mdifffr", v, guidance=guidance) for v in (features(), values)]
+    made = [built("mdifffr", v, guidance=guidance, neighbours=neighbours) for v in (features(), values)]
     rows = [method.publish(KEY, method.init_server(KEY))["item"] for method in made]
     np.testing.assert_array_equal(*rows)
 
@@ -320,15 +321,17 @@ def test_neighbours_are_one_number_or_several(given):
 
 
 def test_the_denoiser_hears_what_the_nearest_rows_are():
-    """Two kinds of items with opposite rows, features that only choose neighbours: cold rows are of their kind."""
+    """Items of two kinds with opposite rows. Features of less variance than a meaningless one, which alone is told as a
+    feature, choose the neighbours: cold rows are of their kind."""
     rng = np.random.default_rng(0)
-    kind = rng.integers(0, 2, ITEMS)
-    content = (np.eye(2)[kind] + 0.01 * rng.standard_normal((ITEMS, 2))).astype(np.float32)
+    group = np.arange(ITEMS) % 8
+    kind = group % 2
+    content = np.concatenate([np.eye(8)[group], 0.6 * rng.choice([-1, 1], (ITEMS, 1))], 1).astype(np.float32)
     centre = np.array([[1.0, -1.0, 2.0, 0.5], [-1.0, 1.0, -2.0, -0.5]], np.float32)
     rows = jnp.asarray(centre[kind] + 0.1 * rng.standard_normal((ITEMS, 4)), jnp.float32)
     catalogue = Catalogue({"text": content}, np.arange(ITEMS) < 40)
     method = methods.build(
-        "mdifffr", USERS, ITEMS, catalogue, **SMALL, preset="proper", guidance="none", condition_dim=2, neighbours=3,
+        "mdifffr", USERS, ITEMS, catalogue, **SMALL, preset="proper", condition_dim=1, neighbours=3,
         server_epochs=400, diffusion_lr=3e-3, dropout=0.0, guidance_scale=1.0,
     )  # fmt: skip
     server = method.init_server(KEY)

@@ -18,7 +18,7 @@ presets:
 
 `neighbours` = k, .. is our variant: beside the features the denoiser is told the mean row of the k warm items nearest
 to the item in content (itself left out), for each k, so that it need not learn from noisy rows what the nearest of them
-say. They are chosen by the true features whatever `guidance` says.
+say. Where `guidance` withholds the features it withholds these too: no means, zeros, or those of meaningless neighbours.
 
 `light_mdifffr` trains the diffusion every second round (Section 4.6). `guidance` withholds the features (`none`: no
 modality token; `zero`, `random`: constant or meaningless ones), `fusion` replaces the attention (Table 4 gives no
@@ -131,7 +131,7 @@ class Config(OverConfig):
 
     @property
     def means(self) -> tuple[int, ...]:
-        return tuple(k for k in self.neighbours if k)
+        return tuple(k for k in self.neighbours if k and self.guidance != "none")
 
     def diffusion(self) -> Settings:
         names = (field.name for field in dataclasses.fields(Settings))
@@ -186,11 +186,13 @@ def mdifffr(config: Config, num_users: int, num_items: int, name: str, catalogue
 def _conditioned_on(config: Config, name: str, catalogue: Catalogue, values: np.ndarray, of: np.ndarray):
     """What the denoiser is told of the items `of`, given the warm rows: their features, and beside them the mean rows
     of their neighbours where the configuration has any."""
-    values = jnp.asarray(values[of])
     if not config.means:
-        return lambda rows: values
+        return lambda rows: jnp.asarray(values[of])
+    if config.guidance == "zero":
+        return lambda rows: jnp.zeros((len(of), values.shape[1] + len(config.means) * config.width))
     warm, _ = warm_and_cold(catalogue)
-    means = neighbour_means(conditions(catalogue, name, 0), warm, of, *config.means)
+    near_by = values if config.guidance == "random" else conditions(catalogue, name, 0)
+    means, values = neighbour_means(near_by, warm, of, *config.means), jnp.asarray(values[of])
 
     def told(rows):
         unit = (rows - rows.mean(0)) / jnp.maximum(rows.std(0), 1e-6)
