@@ -40,11 +40,14 @@ fewer; number of targets [users]; k) to values [users]. One that is added here i
 may select rounds."""
 
 
-def per_client(ranks: np.ndarray, ks: tuple[int, ...], ndcg: str = "correct") -> dict[str, np.ndarray]:
+def per_client(
+    ranks: np.ndarray, ks: tuple[int, ...], ndcg: str = "correct", candidates: int | None = None
+) -> dict[str, np.ndarray]:
     """Every metric for every client, [users]; NaN for a client without targets.
 
     HR@k: any hit. Recall@k: hits / targets. Precision@k: hits / k. NDCG@k: sum of 1 / log2(rank + 1) over hits,
-    over its largest possible value. MRR: 1 / best rank. Those of METRICS besides.
+    over its largest possible value. MRR: 1 / best rank. Those of METRICS besides. Where only so many `candidates`
+    compete, a list is no longer than that: k is the smaller of both.
 
     `ndcg="released"` adds NDCG_released@k, what the evaluators released with IFedRec and MDiffFR call NDCG: they take
     the k items in the order of their ids, not of their ranks. Ids are shuffled here, so this is its mean over all
@@ -56,12 +59,13 @@ def per_client(ranks: np.ndarray, ks: tuple[int, ...], ndcg: str = "correct") ->
     ascending = np.sort(np.where(known, ranks, np.inf), axis=1)
     values = {}
     for k in ks:
-        best = ascending[:, :k]  # tied targets can share a rank <= k, but a list holds only k of them
+        length = min(k, candidates or k)
+        best = ascending[:, :length]  # tied targets can share a rank <= k, but a list holds only k of them
         for name, metric in METRICS.items():
-            values[f"{name}@{k}"] = nan_where_empty(metric(best, targets, k))
+            values[f"{name}@{k}"] = nan_where_empty(metric(best, targets, length))
         if ndcg == "released":
-            hits = (best <= k).sum(1)
-            values[f"NDCG_released@{k}"] = nan_where_empty(hits * _discounts(k).mean() / _ideal(targets, k))
+            hits = (best <= length).sum(1)
+            values[f"NDCG_released@{k}"] = nan_where_empty(hits * _discounts(length).mean() / _ideal(targets, length))
     values["MRR"] = nan_where_empty(1.0 / ascending.min(1, initial=np.inf))
     return values
 
@@ -71,9 +75,11 @@ def read(values: Mapping[str, Any], name: str) -> Any:
     return sum(values[part] for part in name.split("+"))
 
 
-def summarise(ranks: np.ndarray, ks: tuple[int, ...], ndcg: str = "correct") -> dict[str, float]:
-    """Means over the clients with targets, with their number under `clients`."""
-    values = per_client(ranks, ks, ndcg)
+def summarise(
+    ranks: np.ndarray, ks: tuple[int, ...], ndcg: str = "correct", candidates: int | None = None
+) -> dict[str, float]:
+    """Means of per_client over the clients with targets, with their number under `clients`."""
+    values = per_client(ranks, ks, ndcg, candidates)
     counted = ~np.isnan(values["MRR"])
     count = int(counted.sum())
     means = {name: float(v[counted].sum() / count) if count else float("nan") for name, v in values.items()}

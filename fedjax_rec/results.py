@@ -27,21 +27,27 @@ class Best:
     ranks: Ranks
 
 
+def judged_by(ready: Experiment, part: str) -> tuple[tuple[int, ...], str, int | None]:
+    """What metrics.per_client wants beside the ranks of a part, `valid` or `test`."""
+    return *ready.config.judged, ready.split.competing(part)
+
+
 def results_of(ready: Experiment, ranks: Ranks) -> dict[str, Any]:
     """Everything that is said of one set of ranks."""
-    split, judged = ready.split, ready.config.judged
+    split = ready.split
+    valid, test = (judged_by(ready, part) for part in ("valid", "test"))
     popularity = reference.popularity_of(split)
     seen = seen_targets(split, ranks.test)
     top = min(TOP, split.num_items)
     return {
-        "valid": metrics.summarise(ranks.valid, *judged),
+        "valid": metrics.summarise(ranks.valid, *valid),
         "test": {
-            **metrics.summarise(ranks.test, *judged),
+            **metrics.summarise(ranks.test, *test),
             **metrics.beyond_accuracy(ranks.recommended, popularity, top),
             "MRR_worst_decile": metrics.worst_decile(ranks.test),
         },
-        "test_seen": metrics.summarise(np.where(seen, ranks.test, np.nan), *judged),
-        "test_unseen": metrics.summarise(np.where(seen, np.nan, ranks.test), *judged),
+        "test_seen": metrics.summarise(np.where(seen, ranks.test, np.nan), *test),
+        "test_unseen": metrics.summarise(np.where(seen, np.nan, ranks.test), *test),
     }
 
 
@@ -74,7 +80,7 @@ def per_client_table(ready: Experiment, best: Best) -> dict[str, np.ndarray]:
         "test_rank": best.ranks.test,
         "test_item": np.append(ready.interactions.item_ids.astype(str), "")[items],
         "test_seen": seen_targets(split, best.ranks.test),
-        **metrics.per_client(best.ranks.test, *ready.config.judged),
+        **metrics.per_client(best.ranks.test, *judged_by(ready, "test")),
     }
 
 

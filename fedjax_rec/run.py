@@ -34,7 +34,7 @@ from fedjax_rec.experiment import (
 )
 from fedjax_rec.privacy import accounting
 from fedjax_rec.protocols import Protocol
-from fedjax_rec.results import Best, per_client_table, reference_results, results_of, summarise
+from fedjax_rec.results import Best, judged_by, per_client_table, reference_results, results_of, summarise
 from fedjax_rec.rounds import State
 from fedjax_rec.types import PyTree
 from fedjax_rec.workdir import (
@@ -428,8 +428,8 @@ def _judge_round(ready: Experiment, state: State, line: dict[str, Any], best: Be
     ranks = ready.evaluator.ranks(ready.key, state, done, ready.eval_cohort)
     line["seconds"]["evaluate"] = clock.read()
     _check_finite(ranks, done)
-    line["valid"] = metrics.summarise(ranks.valid, *config.judged)
-    line["test"] = metrics.summarise(ranks.test, *config.judged)
+    line["valid"] = metrics.summarise(ranks.valid, *judged_by(ready, "valid"))
+    line["test"] = metrics.summarise(ranks.test, *judged_by(ready, "test"))
     value = metrics.read(line["valid"], config.select_metric)
     return Best(done, value, ranks) if better(ready.protocol, value, best) else best
 

@@ -198,6 +198,7 @@ def test_cold_candidates_are_the_items_of_their_part():
     present = ~np.isnan(found.test)
     assert present.sum() == len(split.test.item)
     assert (found.test[present] == (1 + split.candidates["test"].sum()) / 2).all()
+    assert split.competing("test") == split.candidates["test"].sum() and leave_one_out().competing("test") is None
 
 
 # ---- odd scorers ---------------------------------------------------------------------------------------------

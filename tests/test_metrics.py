@@ -60,6 +60,15 @@ def test_names_are_those_that_scripts_rely_on():
     assert list(metrics.per_client(np.ones((2, 1)), (5, 20))) == [*names, "MRR"]
 
 
+def test_a_list_is_no_longer_than_what_competes():
+    """Five candidates: every metric at 20 is that at 5, and a full list has the precision targets / candidates."""
+    ranks = np.array([[1.0, 3.0, 5.0], [4.0, NAN, NAN]])
+    values = metrics.per_client(ranks, (5, 20), "released", candidates=5)
+    for name in (*metrics.METRICS, "NDCG_released"):
+        np.testing.assert_array_equal(values[f"{name}@20"], values[f"{name}@5"], err_msg=name)
+    np.testing.assert_allclose(values["Precision@20"], [3 / 5, 1 / 5], **EXACT)
+
+
 def test_released_ndcg_is_the_mean_over_all_orders_of_the_list():
     """IFedRec's and MDiffFR's evaluators put the hits where their ids fall among those of the list."""
     values = metrics.per_client(np.array([[1.0, 3.0, 9.0], [7.0, NAN, NAN]]), (4,), "released")

@@ -60,6 +60,10 @@ class Split:
     candidates: dict[str, np.ndarray] | None
     tie_rule: str
 
+    def competing(self, part: str) -> int | None:
+        """How many items compete in "valid" or "test"; None: the full catalogue, without a user's own."""
+        return None if self.candidates is None else int(self.candidates[part].sum())
+
     def __repr__(self) -> str:
         sizes = ", ".join(f"{part} {len(getattr(self, part).user):,}" for part in ("train", "valid", "test"))
         return f"Split({self.name}, {self.num_users:,} users, {self.num_items:,} items, pairs: {sizes})"

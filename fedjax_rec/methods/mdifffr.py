@@ -18,7 +18,7 @@ presets:
 
 `neighbours` = k, .. is our variant: beside the features the denoiser is told the mean row of the k warm items nearest
 to the item in content (itself left out), for each k, so that it need not learn from noisy rows what the nearest of them
-say. Where `guidance` withholds the features it withholds these too: no means, zeros, or those of meaningless neighbours.
+say. Where `guidance` withholds the features it withholds these too: no means, zeros, or those of random neighbours.
 
 `light_mdifffr` trains the diffusion every second round (Section 4.6). `guidance` withholds the features (`none`: no
 modality token; `zero`, `random`: constant or meaningless ones), `fusion` replaces the attention (Table 4 gives no
