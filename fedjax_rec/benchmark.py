@@ -36,9 +36,9 @@ def run(
     Returns:
         times in seconds (median, min, max over the timed rounds, each waited for; `unwaited`: the mean of as many
         rounds of which only the last is waited for, as the device alone needs them; `phases_s`: rounds' three compiled
-        functions waited for one by one), throughputs per second by the median, bytes,
-        and the first of these rounds, with its cohort, as a NumPy loop over clients (None for methods it does not
-        know).
+        functions waited for one by one; `exchange_s`: what an exchange adds to the rounds that have one, and how many
+        of the timed ones had, None for methods without), throughputs per second by the median, bytes, and the first of
+        these rounds, with its cohort, as a NumPy loop over clients (None for methods it does not know).
     """
     positive("rounds", rounds)
     ready = prepare(config, data)
@@ -62,6 +62,7 @@ def run(
     jax.block_until_ready((state, info))
     unwaited = (time.perf_counter() - began) / rounds
     phases, state = _phases(ready, state, rounds)
+    exchange, state = _exchange(ready, state, rounds)
     peak = peak_memory_bytes()
     began = time.perf_counter()
     ready.evaluator.ranks(ready.key, state, rounds + 1, ready.eval_cohort)
@@ -86,6 +87,7 @@ def run(
         "first_round_s": first,
         "round_s": {"median": median, "min": min(times), "max": max(times), "n": rounds, "unwaited": unwaited},
         "phases_s": phases,
+        "exchange_s": exchange,
         "evaluate_s": {"first": first_evaluation, "again": evaluation},
         "clients_per_s": clients / median,
         "interactions_per_s": len(ready.split.train.item) * share / median,
@@ -130,6 +132,20 @@ def _phases(ready: Experiment, state: State, rounds: int) -> tuple[dict[str, flo
     return dict(zip(("publish", "clients", "server_step"), np.median(times[1:], 0).tolist(), strict=True)), state
 
 
+def _exchange(ready: Experiment, state: State | None, rounds: int) -> tuple[dict[str, Any] | None, State | None]:
+    """Median seconds of the method's dense pass over all clients, of up to five; the first one compiles it and is not
+    counted."""
+    exchange, times = ready.method.exchange, []
+    if exchange is None:
+        return None, state
+    for round_ in range(min(rounds, 5) + 1):
+        began = time.perf_counter()
+        state, _ = jax.block_until_ready(ready.engine.exchange(ready.key, state, jnp.int32(round_)))
+        times.append(time.perf_counter() - began)
+    due = sum(map(exchange.due, range(1, rounds + 1)))
+    return {"median": float(np.median(times[1:])), "n": len(times) - 1, "rounds_due": due}, state
+
+
 def _cohort(ready, round_: int):
     users = ready.cohort_users(round_)
     return None if users is None else ready.engine.cohort(users)
@@ -166,7 +182,7 @@ def memory_bandwidth(mesh: Mesh) -> float:
 
 def table(result: dict[str, Any]) -> str:
     """A few lines for people."""
-    loop = result["numpy_loop_round_s"]
+    loop, exchange = result["numpy_loop_round_s"], result["exchange_s"]
     against = f"{loop:.3f} s ({loop / result['round_s']['median']:.1f} x)" if loop else "not available for this method"
     rows = {
         "method": f"{result['method']} on {result['dataset']}, {result['clients']:,} clients",
@@ -176,6 +192,11 @@ def table(result: dict[str, Any]) -> str:
         f"max {result['round_s']['max'] * 1e3:.2f}, n {result['round_s']['n']}; "
         f"waited for at the end alone {result['round_s']['unwaited'] * 1e3:.2f} ms",
         "of it": ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in result["phases_s"].items()),
+        **(
+            {"exchange": f"{exchange['median'] * 1e3:.2f} ms, in {exchange['rounds_due']} of the timed rounds"}
+            if exchange
+            else {}
+        ),
         "throughput": f"{result['clients_per_s']:,.0f} clients/s, {result['interactions_per_s']:,.0f} interactions/s, "
         f"{result['samples_per_s']:,.0f} samples/s",
         "evaluation": f"{result['evaluate_s']['again'] * 1e3:.1f} ms",

@@ -49,3 +49,16 @@ def test_phases_are_timed_after_a_pass_that_compiles(monkeypatch):
     monkeypatch.setattr(benchmark, "publish", slow_at_first)
     phases, _ = benchmark._phases(one, one.engine.init(one.key), 1)
     assert len(passes) == 2 and phases["publish"] < 1.0
+
+
+def test_an_exchange_is_timed_apart_from_the_rounds(monkeypatch):
+    """Rounds 1 to 4 of an interval of 2 hold two guidance rounds; a method without any says so."""
+    monkeypatch.setattr(benchmark, "COPY_BYTES", 2**12)
+    made = synthetic.make(40, 60, min_history=5, median_history=8, max_history=20)
+    data = made.interactions, splits.leave_one_out(made.interactions), made.features
+    settings = {"dim": 4, "interval": 2}
+    config = RunConfig(method="fedrkg", settings=settings, devices=1, max_buckets=1)
+    result = benchmark.run(config, rounds=4, data=data)
+    assert result["exchange_s"]["median"] > 0 and result["exchange_s"]["rounds_due"] == 2
+    assert "in 2 of the timed rounds" in benchmark.table(result)
+    assert benchmark._exchange(ready(), None, 1) == (None, None)

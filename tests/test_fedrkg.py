@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_rec import methods
+from fedjax_rec import layout, methods
 from fedjax_rec.data import clients, splits, synthetic
 from fedjax_rec.methods import fedrkg
 from fedjax_rec.rounds import make_engine
@@ -118,6 +118,20 @@ def test_the_gate_learns_and_only_in_guidance_rounds():
     assert not gates[0].any()
     assert gates[1].any(1).all() and len(np.unique(gates[1], axis=0)) == USERS
     np.testing.assert_array_equal(gates[1], gates[2])
+
+
+def test_an_exchange_in_ragged_blocks_is_that_of_all_clients_at_once(monkeypatch):
+    settings = {"interval": 2, "beta": 0.3, "gate_lr": 0.5}
+    whole = engine_of(**settings)
+    assert whole.exchange_block() >= USERS
+    at_once = play(whole, 2)
+    row = whole.row_bytes()
+    monkeypatch.setattr(layout, "EXCHANGE_CPU_BYTES", 3 * ITEMS * row * 4)
+    blocks = engine_of(**settings)
+    assert blocks.exchange_block() == 4 and USERS % 4
+    by_blocks = play(blocks, 2)
+    close(by_blocks[0], at_once[0])
+    close(by_blocks[1][-1], at_once[1][-1])  # the gate's loss, a mean over all blocks
 
 
 def test_gate_training_lowers_the_loss_of_the_fused_model():
