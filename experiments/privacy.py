@@ -6,9 +6,12 @@
     utility     FedRKG under both of its mechanisms, by epsilon: utility.png (needs the extra `privacy`)
     laplace     MDiffFR on cold items under Laplace noise of some intensities (its Table 5): laplace.png
     attacks     inversion of what MDiffFR and IFedRec make for cold items, beside predicting the mean, with the share of
-                noise in what is made; probes of FedMF's uploads, with and without noise
+                noise in what is made: radar.png (its Figure 5), structure.png (its Figure 6); probes of FedMF's
+                uploads, with and without noise
     paper       the epsilon of FedRKG's reported setting (sensitivity 0.1, sigma 0.001), by steps
 
+The round shown is that of the largest validation NDCG at the last cut-off of --k; on cold items that of the largest sum
+of validation recalls at all of them.
 Runs are workdirs in OUT; finished ones are not run again, so another setting needs another OUT. Everything is also
 written to OUT/privacy.md. All configurations are checked before the first run; bad ones are one line on standard error
 and exit code 2. A --cold setting goes to every method of the chosen parts that has it.
@@ -66,6 +69,10 @@ flags.DEFINE_list("upload_noise", ["0", "0.01", "0.1"], "attacks: noise on FedMF
 LEARNS = {"guidance": "kg", "interval": 2, "beta": 0.3}
 
 
+DRAWN = 20
+"""Items of a structural difference map, as in MDiffFR's Figure 6."""
+
+
 MAKERS = ("mdifffr", "light_mdifffr", "ipfedrec", "ifedncf", "cs_fcf", "cs_fedncf")
 
 
@@ -92,8 +99,9 @@ def numbers(flag: str, kind: type = float, *, zero_allowed: bool = False) -> lis
     return read
 
 
-def config(method: str, **changes) -> run.RunConfig:
+def config(method: str, *, split: str = "leave_one_out", **changes) -> run.RunConfig:
     ks = tuple(numbers("k", int))
+    recalls = "+".join(f"Recall@{k}" for k in ks)  # the protocol of cold items, as in their recipes
     return run.RunConfig(
         method=method,
         dataset=FLAGS.dataset,
@@ -101,8 +109,9 @@ def config(method: str, **changes) -> run.RunConfig:
         rounds=FLAGS.rounds,
         eval_every=FLAGS.eval_every,
         seed=FLAGS.seed,
+        split=split,
         ks=ks,
-        select_metric=f"NDCG@{ks[-1]}",
+        select_metric=recalls if split == "cold_items" else f"NDCG@{ks[-1]}",
         checkpoint_every=0,
         devices=1,
         max_buckets=2,
@@ -155,6 +164,64 @@ def draw(path: Path, curves: dict[str, tuple[list, list]], levels: dict[str, flo
         axis.axhline(level, linestyle=style, color="grey", label=name)
     axis.set(xscale=scale, xlabel=xlabel, ylabel=f"test {names()[-1]}", title=FLAGS.dataset)
     axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def radar(path: Path, found: dict[str, dict[str, float]], control: dict[str, float]) -> None:
+    """A polygon of the attacks' measures for every maker and for the control, outward = closer to the true features.
+
+    Errors (MSE, MAE, structure) are drawn at 1 - error / (2 * the control's), similarities (cosine, Pearson) at
+    (1 + similarity) / 2, cut to [0, 1]: the rim is a full leak; the middle ring is the control's error, and no
+    similarity.
+    """
+    labels = {
+        "MSE": "MSE", "MAE": "MAE", "cosine": "cosine", "Pearson": "Pearson",
+        "structure": "structural\nsimilarity\ndifference",
+    }  # fmt: skip
+    figure, axis = plt.subplots(figsize=(6, 5.5), layout="constrained", subplot_kw={"projection": "polar"})
+    angles = np.linspace(0, 2 * np.pi, len(labels), endpoint=False)
+    for maker, said in {**found, "predicting the mean": control}.items():
+        leak = [outward(measure, said[measure], control[measure]) for measure in labels]
+        style = "o-" if maker in found else "k--"
+        (line,) = axis.plot([*angles, angles[0]], [*leak, leak[0]], style, label=maker)
+        axis.fill(angles, leak, color=line.get_color(), alpha=0.1)
+    axis.set_xticks(angles, labels.values())
+    axis.set_yticks([0.5, 1.0], ["", ""])
+    axis.tick_params(axis="x", pad=14)
+    axis.set(ylim=(0, 1))
+    outwards = "outward: closer to the true features, less private (rim: a full leak)"
+    axis.set_title(f"Inversion on {FLAGS.dataset}\n{outwards}", fontsize="medium")
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def outward(measure: str, value: float, of_control: float) -> float:
+    """Where `radar` draws it."""
+    if measure in ("cosine", "Pearson"):
+        leak = (1 + value) / 2
+    else:
+        leak = 1 - value / max(2 * of_control, 1e-30)
+    return min(max(leak, 0.0), 1.0)
+
+
+def structural_maps(path: Path, maps: dict[str, np.ndarray], control: float) -> None:
+    """How far the attacked items' cosine similarities to each other are from the true ones, on one colour scale;
+    `control`: the same of predicting the mean, on average."""
+    columns = min(len(maps), 4)
+    rows = -(-len(maps) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns + 1, 3 * rows), layout="constrained", squeeze=False)
+    top = max(max(float(apart.max()) for apart in maps.values()), 1e-12)
+    for axis, (maker, apart) in zip(axes.flat, maps.items(), strict=False):
+        drawn = axis.imshow(apart, cmap="viridis", vmin=0, vmax=top)
+        axis.set(title=maker, xticks=[], yticks=[])
+    for axis in axes.flat[len(maps) :]:
+        axis.axis("off")
+    figure.colorbar(drawn, ax=axes, label=f"predicting the mean: {control:.2f}")
+    items = len(next(iter(maps.values())))
+    title = f"Structural differences, 0: a full leak; {items} unleaked items, {FLAGS.dataset}"
+    figure.suptitle(title, fontsize="medium", wrap=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -300,7 +367,7 @@ def laplace() -> str:
 
 def inversions() -> str:
     """Features of cold items from the rows that the server sends."""
-    rows = []
+    rows, attacked, maps, control = [], {}, {}, {}
     measures = ("MSE", "MAE", "cosine", "Pearson", "structure")
     for maker, (name, chosen) in zip(FLAGS.makers, maker_runs().items(), strict=True):
         if not summary_of(name, chosen):
@@ -314,7 +381,13 @@ def inversions() -> str:
         made = attacks.generated(ready.method, ready.key, held.state.server, cold, FLAGS.draws)
         found = attacks.inversion(ready.key, made[0], jax.numpy.asarray(features), steps=FLAGS.attack_steps)
         share = f"{attacks.noise_share(made):.3f}"
-        rows += [[maker, by, *(f"{one[m]:.4f}" for m in measures), share] for by, one in found.items()]
+        rows += [[maker, by, *(f"{one[m]:.4f}" for m in measures), share] for by, one in found.measures.items()]
+        attacked[maker] = found.measures["attack"]
+        control = found.measures["mean"]  # the same for all: one seed leaks the same features
+        maps[maker] = np.asarray(attacks.structural_difference(found.true[:DRAWN], found.guess["attack"][:DRAWN]))
+    if attacked:
+        radar(Path(FLAGS.out) / "radar.png", attacked, control)
+        structural_maps(Path(FLAGS.out) / "structure.png", maps, control["structure"])
     title = f"Inversion of cold items' rows on {FLAGS.dataset}, 20 % of the pairs leaked"
     return compare.markdown(f"**{title}**", ["rows of", "guess", *measures, "share of noise"], rows)
 
@@ -377,6 +450,8 @@ def check() -> None:
         one_of("--parts", part, PARTS)
     for name in ("attack_steps", "draws", "probed", "clip"):
         positive(f"--{name}", FLAGS[name].value)
+    if FLAGS.draws < 2:
+        raise ValueError(f"--draws={FLAGS.draws}: expected 2 or more, as noise is what differs between draws")
     for part in FLAGS.parts:
         for runs in PARTS[part][0]:
             for name, chosen in runs().items():

@@ -392,6 +392,47 @@ def test_rows_that_are_means_of_others_crowd_together(tmp_path):
     assert refused.returncode == 2 and "nowhere" in refused.stderr and refused.stderr.count("\n") == 1
 
 
+ALIGNMENT = """
+import sys
+sys.path.insert(0, "experiments")
+import alignment
+for line in sys.stdin.read().splitlines():
+    for name in alignment.FLAGS:
+        alignment.FLAGS[name].unparse()
+    alignment.main(alignment.FLAGS(["alignment.py", "--permutations=5", *line.split()]))
+"""
+
+
+def test_alignment_over_rounds_ends_with_that_of_the_checkpoint(tmp_path):
+    """The run is trained again: a panel and rows for each round, those of the last one as without --at."""
+    cold = ["--method=cs_fcf", "--split=cold_items", "--clients_per_round=0.5", "--k=10"]
+    call("launch.py", *cold, *QUICK, f"--workdir={tmp_path / 'cold'}")
+    call("launch.py", "--method=fedmf", *QUICK, "--rounds=2", f"--workdir={tmp_path / 'warm'}")
+    given = {
+        f"--out={tmp_path / 'last'} {tmp_path / 'cold'}": "",
+        f"--out={tmp_path / 'rounds'} --at=4,1,2 {tmp_path / 'cold'}": "",
+        f"--out={tmp_path / 'no'} --at=2,5 {tmp_path / 'cold'}": f"--at=5: expected rounds of the run in {tmp_path}",
+        f"--out={tmp_path / 'no'} --at=0,2 {tmp_path / 'cold'}": "--at=0: expected a whole number > 0",
+        f"--out={tmp_path / 'no'} --at=2.5 {tmp_path / 'cold'}": "--at=2.5: expected whole numbers, like 10,30,60",
+        f"--out={tmp_path / 'no'} --at=2 {tmp_path / 'warm'}": "expected a run with --split=cold_items",
+        f"--out={tmp_path / 'no'} --at=2": "no workdir given",
+    }
+    command = [sys.executable, "-c", ALIGNMENT]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT, input="\n".join(given)
+    )
+    assert done.returncode == 0, done.stderr
+    for line, expected in zip(done.stderr.splitlines(), filter(None, given.values()), strict=True):
+        assert line.startswith("alignment.py: ") and expected in line, line
+    assert not (tmp_path / "no").exists()
+    last, rounds = ((tmp_path / name / "alignment.md").read_text().splitlines() for name in ("last", "rounds"))
+    made = [line.split(" | ") for line in rounds if "| made |" in line]
+    assert [row[1] for row in made] == ["1", "2", "4"] and made[0][3] != made[2][3]
+    assert rounds[:4] == last[:4] and rounds[-3:] == last[-3:] and len(rounds) == 4 + 3 * 3
+    width = lambda name: int.from_bytes((tmp_path / name / "rows.png").read_bytes()[16:20])  # of a PNG's header
+    assert width("rounds") == 3 * width("last")
+
+
 PRIVACY = """
 import sys
 sys.path.insert(0, "experiments")
@@ -407,6 +448,14 @@ given = {name: dict(run.settings) for name, run in privacy.maker_runs().items()}
 assert given == {
     "mdifffr_proper": {"backbone": "fedmf", "dim": "8", "preset": "proper"}, "ipfedrec": {"reg": "0.5", "dim": "8"},
 }, given
+parse("--parts=laplace", "--k=20,50", "--intensity=0")
+(cold,), plain = privacy.laplace_runs().values(), privacy.config("fedrkg")
+assert (cold.select_metric, plain.select_metric) == ("Recall@20+Recall@50", "NDCG@50")
+for maker, (value, of_control), place in [
+    ("MSE", (0.0, 2.0), 1.0), ("MAE", (2.0, 2.0), 0.5), ("structure", (9.0, 2.0), 0.0), ("MSE", (0.0, 0.0), 1.0),
+    ("cosine", (1.0, 0.3), 1.0), ("Pearson", (0.0, 0.3), 0.5), ("Pearson", (-1.0, 0.3), 0.0),
+]:
+    assert privacy.outward(maker, value, of_control) == place, maker
 for line in sys.stdin.read().splitlines():
     parse(*line.split())
     assert privacy.main(["privacy.py"]) == 2, line
@@ -425,11 +474,13 @@ PRIVACY_REFUSED = {
     "--parts=laplace --k=": "--k=: expected whole numbers, like 10,50",
     "--parts=attacks --upload_noise=0,x": "--upload_noise=0,x: expected numbers",
     "--parts=attacks --draws=0": "--draws=0: expected a number > 0",
+    "--parts=attacks --draws=1": "--draws=1: expected 2 or more, as noise is what differs between draws",
 }
 
 
 def test_privacy_refuses_bad_settings_before_the_first_run(tmp_path):
-    """One line each; a --cold setting goes to the methods that have it."""
+    """One line each; a --cold setting goes to the methods that have it; cold items are selected by recalls; the rim of
+    the radar is a full leak."""
     command = [sys.executable, "-c", PRIVACY, tmp_path / "out"]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT, input="\n".join(PRIVACY_REFUSED)

@@ -484,14 +484,36 @@ def test_inversion_finds_a_planted_map_and_the_mean_does_not():
     features = rng.normal(size=(300, 6)).astype(np.float32) + 1
     rows = features @ rng.normal(size=(6, 16)).astype(np.float32)
     found = attacks.inversion(KEY, jnp.asarray(rows), jnp.asarray(features), hidden=(32,), steps=400, lr=1e-2)
-    attack, mean = found["attack"], found["mean"]
+    attack, mean = found.measures["attack"], found.measures["mean"]
     assert attack["MSE"] < 0.1 * mean["MSE"] and attack["MAE"] < 0.4 * mean["MAE"]
     assert attack["Pearson"] > 0.9 > mean["Pearson"] and attack["structure"] < 0.3 * mean["structure"]
     unrelated = jnp.asarray(rng.normal(size=(300, 16)).astype(np.float32))
     blind = attacks.inversion(KEY, unrelated, jnp.asarray(features), hidden=(32,), steps=400, lr=1e-2)
-    assert blind["attack"]["MSE"] > 0.9 * mean["MSE"]
+    assert blind.measures["attack"]["MSE"] > 0.9 * mean["MSE"]
+    assert found.true.shape == found.guess["attack"].shape == found.guess["mean"].shape == (240, 6)
+    np.testing.assert_array_equal(blind.true, found.true)  # the same items, whatever the rows
+    assert attack == {name: float(x) for name, x in attacks.closeness(found.true, found.guess["attack"]).items()}
     with pytest.raises(ValueError, match=r"leaked=0.001 of 300 items are 0"):
         attacks.inversion(KEY, unrelated, jnp.asarray(features), leaked=0.001)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": jnp.ones((29, 3))}, "rows of 30 items and features of 29: expected pairs; give both for"),
+        ({"steps": 0}, "steps=0: expected a whole number > 0"),
+        ({"leaked": 1.5}, r"leaked=1.5: expected a number in \[0.0, 1.0\]"),
+    ],
+)
+def test_what_cannot_be_inverted_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        attacks.inversion(KEY, **{"rows": jnp.ones((30, 4)), "features": jnp.ones((30, 3)), **change})
+
+
+def test_structural_difference_of_two_items():
+    true, guess = jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.array([[3.0, 0.0], [5.0, 0.0]])
+    np.testing.assert_allclose(attacks.structural_difference(true, guess), [[0, 1], [1, 0]], atol=1e-6)
+    assert float(attacks.closeness(true, guess)["structure"]) == pytest.approx(1.0)
 
 
 def test_closeness_of_a_copy_and_of_the_opposite():
@@ -508,6 +530,8 @@ def test_share_of_noise(share):
     items = math.sqrt(1 - share) * rng.normal(size=(1, 400, 8))
     rows = items + math.sqrt(share) * rng.normal(size=(6, 400, 8))
     assert attacks.noise_share(jnp.asarray(rows, jnp.float32)) == pytest.approx(share, abs=0.03)
+    with pytest.raises(ValueError, match="rows of 1 draws: expected 2 or more"):
+        attacks.noise_share(jnp.asarray(rows[:1], jnp.float32))
 
 
 def test_auc_counts_ties_as_half():
@@ -553,4 +577,10 @@ def test_the_script_writes_its_tables_and_plots(tmp_path):
     assert {row[2] for row in rows if row[0] in ("step", "upload")} == {"1e+05"}
     (made,) = {row[-1] for row in rows if row[0] == "ipfedrec"}
     assert float(made) == 0.0  # a map of features has no noise
-    assert {path.name for path in tmp_path.glob("*.png")} == {"utility.png", "laplace.png"}
+    (head,) = (row for row in rows if row[0] == "rows of")
+    assert head[2:-1] == ("MSE", "MAE", "cosine", "Pearson", "structure")
+    assert {row[1] for row in rows if row[0] == "ipfedrec"} == {"attack", "mean"}
+    assert all(np.isfinite(float(cell)) for row in rows if row[0] == "ipfedrec" for cell in row[2:])
+    plots = {path.name: path.stat().st_size for path in tmp_path.glob("*.png")}
+    assert set(plots) == {"utility.png", "laplace.png", "radar.png", "structure.png"}
+    assert min(plots.values()) > 10_000, plots

@@ -15,13 +15,15 @@
     noise share      of generated rows: variance over noise draws / (variance over draws + variance over items)
 
 AUCs count ties as half; 0.5 is chance. Follows: MDiffFR section 6.7 for inversion (it gives no sizes of the network,
-and no control); the rest are the project's own. Deviation: a fifth of the leaked pairs chooses the step at which the
-attacker stops, the mean being step 0, so that an overfitted attacker does not count as privacy.
+and no control); the rest are the project's own. Deviations: a fifth of the leaked pairs chooses the step at which the
+attacker stops, the mean being step 0, so that an overfitted attacker does not count as privacy; the structural
+similarity difference is over all items that were not leaked, where the paper draws 20 of them.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -35,7 +37,7 @@ from fedjax_rec.data.sampling import epoch_steps
 from fedjax_rec.method import Method, Server
 from fedjax_rec.rounds import Engine, State, publish
 from fedjax_rec.types import ITEM_ROLES, PRNGKey, PyTree
-from fedjax_rec.validate import between
+from fedjax_rec.validate import between, whole_number
 
 # ---- from rows to features ---------------------------------------------------------------------------------
 
@@ -53,26 +55,50 @@ class Shadow(nn.Module):
         return nn.Dense(self.width, kernel_init=nn.initializers.zeros)(rows)
 
 
+class Inversion(NamedTuple):
+    """Features of the items that were not leaked, in random order, and how well they come back.
+
+    Attributes:
+        true: what the rows were made from.
+        guess: the same by "attack", and by "mean", the control.
+        measures: `closeness` of every guess.
+    """
+
+    true: Float[Array, "n feat"]
+    guess: dict[str, Float[Array, "n feat"]]
+    measures: dict[str, dict[str, float]]
+
+
 def inversion(
     key: PRNGKey,
     rows: Float[Array, "items dim"],
-    features: Float[Array, "items feat"],
+    features: Float[Array, "_ feat"],
     *,
     leaked: float = 0.2,
     hidden: tuple[int, ...] = (128, 128),
     steps: int = 500,
     lr: float = 1e-3,
-) -> dict[str, dict[str, float]]:
-    """How well features of items come back from their rows: {"attack": measures, "mean": measures}, see `closeness`.
+) -> Inversion:
+    """Features of items from their rows.
 
     Args:
         rows: what the server sends of the attacked items.
         features: what they were made from.
-        leaked: share of the pairs that the attacker has; the others are judged.
+        leaked: share of the pairs that the attacker has; the others are judged. Which ones depends on the key and on
+            the number of items alone.
         hidden, steps, lr: of the attacker, full-batch Adam.
+
+    Raises:
+        ValueError: rows and features of different numbers of items, fewer than 2 pairs leaked or left, no steps.
     """
     between("leaked", leaked, 0.0, 1.0)
+    whole_number("steps", steps)
     items = rows.shape[0]
+    if features.shape[0] != items:
+        raise ValueError(
+            f"rows of {items} items and features of {features.shape[0]}: expected pairs; give both for the same items, "
+            "in the same order"
+        )
     known = round(leaked * items)
     chosen_by = max(known // 5, 1)
     if known < 2 or known > items - 2:
@@ -84,8 +110,9 @@ def inversion(
     network = Shadow(hidden, features.shape[1])
     guess, mean = _invert(network, k_net, rows[order], features[order], known, chosen_by, steps, lr)
     true = features[order][known:]
-    said = {"attack": closeness(true, guess), "mean": closeness(true, jnp.broadcast_to(mean, true.shape))}
-    return {name: {n: float(v) for n, v in one.items()} for name, one in said.items()}
+    guesses = {"attack": guess, "mean": jnp.broadcast_to(mean, true.shape)}
+    measures = {by: {n: float(v) for n, v in closeness(true, one).items()} for by, one in guesses.items()}
+    return Inversion(true, guesses, measures)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
@@ -116,18 +143,22 @@ def _invert(network: Shadow, key, rows, features, known: int, chosen_by: int, st
 
 @jax.jit
 def closeness(true: Float[Array, "n feat"], guess: Float[Array, "n feat"]) -> dict[str, Float[Array, ""]]:
-    """MSE and MAE over all entries; cosine and Pearson of each item's features, on average; and the mean absolute
-    difference of the items' cosine similarities to each other (structural similarity difference: 0 is a full leak)."""
+    """MSE and MAE over all entries; cosine and Pearson of each item's features, on average; and the mean of
+    `structural_difference` over all pairs of items (0 is a full leak)."""
     apart = lambda x: x - x.mean(1, keepdims=True)
-    between_items = jnp.abs(_unit(true) @ _unit(true).T - _unit(guess) @ _unit(guess).T)
     n = true.shape[0]
     return {
         "MSE": ((true - guess) ** 2).mean(),
         "MAE": jnp.abs(true - guess).mean(),
         "cosine": (_unit(true) * _unit(guess)).sum(1).mean(),
         "Pearson": (_unit(apart(true)) * _unit(apart(guess))).sum(1).mean(),
-        "structure": between_items.sum() / (n * (n - 1)),  # the diagonal is 0
+        "structure": structural_difference(true, guess).sum() / (n * (n - 1)),  # the diagonal is 0
     }
+
+
+def structural_difference(true: Float[Array, "n feat"], guess: Float[Array, "n feat"]) -> Float[Array, "n n"]:
+    """Absolute differences of the items' cosine similarities to each other (structural similarity difference)."""
+    return jnp.abs(_unit(true) @ _unit(true).T - _unit(guess) @ _unit(guess).T)
 
 
 def _unit(x: Float[Array, "n feat"]) -> Float[Array, "n feat"]:
@@ -141,7 +172,15 @@ def generated(method: Method, key: PRNGKey, server: Server, items: Int[np.ndarra
 
 
 def noise_share(rows: Float[Array, "draws items width"]) -> float:
-    """Share of the rows' variance that is the noise's: 0 for rows that features determine, 1 for pure noise."""
+    """Share of the rows' variance that is the noise's: 0 for rows that features determine, 1 for pure noise.
+
+    Raises:
+        ValueError: for fewer than 2 draws.
+    """
+    if rows.shape[0] < 2:
+        raise ValueError(
+            f"rows of {rows.shape[0]} draws: expected 2 or more, as noise is what differs between draws; make more"
+        )
     over_draws = rows.var(0, ddof=1).mean()
     # a mean of few draws still holds noise, which is not the items'
     over_items = jnp.maximum(rows.mean(0).var(0).mean() - over_draws / rows.shape[0], 0.0)
