@@ -39,7 +39,7 @@ from fedjax_rec.data.clients import row_offsets
 from fedjax_rec.experiment import Experiment, prepare
 from fedjax_rec.methods import make_config
 from fedjax_rec.methods.fedrkg import gate_values, is_guidance_round
-from fedjax_rec.validate import in_one_line, one_of
+from fedjax_rec.validate import between, in_one_line, one_of, positive
 from fedjax_rec.workdir import UsageError, read_config, read_lines
 
 FLAGS = flags.FLAGS
@@ -243,6 +243,8 @@ def analyses(workdirs: Sequence[Path]) -> str:
     if missing:
         raise UsageError(f"{missing[0]}: no finished run there (no per_client.npz)")
     compare.check_comparable([compare.read_runs(workdir) for workdir in workdirs])
+    positive("--group", FLAGS.group)
+    between("--share", FLAGS.share, 0.0, 0.5)  # cold and warm users are apart
     out = Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     convergence(out / "convergence.png", workdirs)

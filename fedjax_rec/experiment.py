@@ -136,7 +136,8 @@ class RunConfig:
             raise ValueError(f"split_seed={self.split_seed}: split={self.split} draws nothing; leave it out")
         one_of("dp_mechanism", self.dp_mechanism, ("none", *mechanisms.DRAW))
         positive("dp_delta", self.dp_delta)
-        between("dp_delta", self.dp_delta, 0.0, 1.0)
+        if self.dp_delta >= 1:
+            raise ValueError(f"dp_delta={self.dp_delta}: expected a number in (0, 1), like 1e-5")
         if self.mechanism is None and (self.dp_clip or self.dp_noise or self.dp_rows != "all"):
             raise ValueError(
                 f"dp_clip={self.dp_clip:g}, dp_noise={self.dp_noise:g}, dp_rows={self.dp_rows}: they do nothing with "
@@ -419,6 +420,16 @@ def cohort_lines(ready: Experiment) -> list[str]:
     return [said]
 
 
+def exchange_lines(ready: Experiment) -> list[str]:
+    """A word on a method whose exchanges would all come after the last round."""
+    exchange, rounds = ready.method.exchange, ready.config.rounds
+    if exchange is None or any(map(exchange.due, range(rounds))):
+        return []
+    return [
+        f"guidance       none in {rounds} rounds: clients learn alone; give more --rounds or a smaller --set interval"
+    ]
+
+
 def introduction(ready: Experiment) -> str:
     """What a person should know before a run: data, protocol, sizes."""
     sent = ready.engine.bytes_per_client()
@@ -435,6 +446,7 @@ def introduction(ready: Experiment) -> str:
             *(f"features       {name}: {ready.features[name].source}" for name in ready.config.features),
             f"padding        {ready.engine.clients.padding_fraction:.1%} of history slots; {buckets}",
             *cohort_lines(ready),
+            *exchange_lines(ready),
             f"bytes          down {sent['down']:,} up {sent['up']:,} per client and round (full tables){dense}",
             f"memory         about {need['total'] / 2**20:,.0f} MiB on {ready.engine.mesh.size} x {device_name()}",
             f"disk           about {saved:,.0f} MiB a checkpoint of a workdir; {KEEP} are kept",

@@ -229,3 +229,5 @@ def test_wrong_settings_are_named(setting, message):
 def test_more_clusters_than_items_are_refused():
     with pytest.raises(ValueError, match=r"item_clusters=91: expected a number in \[1, 90\]"):
         engine_of(item_clusters=91)
+    with pytest.raises(ValueError, match=r"contrast_items=91: expected a number in \[0, 90\]"):
+        engine_of(contrast_items=91)

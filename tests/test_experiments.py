@@ -370,6 +370,9 @@ def test_guidance_before_and_after_for_every_group(tmp_path):
     np.testing.assert_allclose(after, [test[m] for m in ("HR@10", "NDCG@10", "HR@50", "NDCG@50")], atol=6e-5)
     assert "distinct users, followers: popular items" in said
     assert "nan" not in said  # though some gates are shut to the last bit
+    command = [sys.executable, "experiments/guidance.py", "--group=0", f"--out={tmp_path / 'no'}", tmp_path / "5"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT)
+    assert refused.returncode == 2 and refused.stderr == "guidance.py: --group=0: expected a number > 0\n"
 
 
 def test_rows_that_are_means_of_others_crowd_together(tmp_path):

@@ -341,6 +341,21 @@ def test_without_noise_or_bound_there_is_no_epsilon():
     assert accounting.epsilon((Release("gaussian", 0.0, 1.0, 0),), 1e-5) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("release", "delta", "message"),
+    [
+        (Release("gauss", 1.0, 1.0, 1), 1e-5, "kind='gauss': expected one of gaussian, laplace"),
+        (Release("gaussian", 1.0, 0.0, 1), 1e-5, "sensitivity=0.0: expected a number > 0"),
+        (Release("gaussian", 1.0, 1.0, 1), 1.5, r"delta=1.5: expected a number in \(0, 1\)"),
+    ],
+)
+def test_what_has_no_epsilon_is_named(release, delta, message):
+    with pytest.raises(ValueError, match=message):
+        accounting.epsilon((release,), delta)
+    with pytest.raises(ValueError, match="lr=-1.0: expected a number > 0"):
+        accounting.sensitivity_bound(-1.0, 2, 1, 0.1)
+
+
 def test_epsilon_of_the_papers_setting():
     """Sensitivity 0.1 and sigma 0.001: noise of a hundredth of what it is to hide."""
     pytest.importorskip("dp_accounting")
@@ -469,6 +484,7 @@ def test_a_noisy_run_goes_on_where_it_stopped(tmp_path):
         ({"dp_mechanism": "laplace", "dp_noise": -1.0}, "dp_noise=-1.0"),
         ({"dp_mechanism": "laplace", "dp_rows": "some"}, "dp_rows='some'"),
         ({"dp_delta": 0.0}, "dp_delta=0.0"),
+        ({"dp_delta": 1.0}, "dp_delta=1.0: expected a number in"),
     ],
 )
 def test_wrong_settings_are_named(change, message):

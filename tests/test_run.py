@@ -581,6 +581,15 @@ def test_a_small_cohort_is_told_what_its_steps_weigh(monkeypatch):
     assert f"cohort         1 of {USERS} clients a round\n" in experiment.introduction(own)
 
 
+def test_guidance_that_would_come_after_the_last_round_is_told():
+    said = lambda **settings: experiment.introduction(
+        run.prepare(config(method="fedrkg", rounds=5, settings=settings), data())
+    )
+    assert "guidance       none in 5 rounds: clients learn alone" in said(interval=6)
+    assert "none in 5 rounds" not in said(interval=5)
+    assert "none in 5 rounds" not in said(interval=6, guidance="local_only")
+
+
 def test_a_published_protocol_is_not_changed_in_passing():
     with pytest.raises(UsageError, match=r"draw=stratified: protocol=published of fedmf is draw=independent"):
         run.prepare(config(protocol="published", settings={"draw": "stratified"}), data())

@@ -136,6 +136,7 @@ def contrast(
 def cofedrec(config: Config, num_users: int, num_items: int, name: str = "cofedrec") -> Method:
     """CoFedRec; see the module docstring."""
     between("item_clusters", config.item_clusters, 1, num_items)
+    between("contrast_items", config.contrast_items, 0, num_items)
     item_lr = config.lr * config.own_lr_scale
     if config.rate_by_items:
         item_lr *= num_items

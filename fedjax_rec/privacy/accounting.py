@@ -35,7 +35,7 @@ from fedjax_rec.data.sampling import sizes
 from fedjax_rec.experiment import Experiment
 from fedjax_rec.method import Sampling
 from fedjax_rec.methods import fedrkg
-from fedjax_rec.privacy.mechanisms import can_be_summed
+from fedjax_rec.privacy.mechanisms import DRAW, can_be_summed
 from fedjax_rec.rounds import Engine
 from fedjax_rec.validate import one_of, positive
 from fedjax_rec.workdir import UsageError
@@ -91,7 +91,13 @@ def sensitivity_bound(lr: float, interval: int, epochs: int, clip: float, steps_
         epochs: local epochs of a round, E.
         clip: bound on the norm of a gradient, C.
         steps_per_epoch: gradients of an epoch; Eq. 14 has one.
+
+    Raises:
+        ValueError: for a number that is not positive.
     """
+    for name, value in (("lr", lr), ("interval", interval), ("epochs", epochs), ("clip", clip)):
+        positive(name, value)
+    positive("steps_per_epoch", steps_per_epoch)
     return 2.0 * lr * interval * epochs * steps_per_epoch * clip
 
 
@@ -101,8 +107,17 @@ def epsilon(releases: tuple[Release, ...], delta: float, observer: str = "server
     Args:
         delta: of (epsilon, delta).
         observer: `server` or `sums`, see the module docstring. Sums of Laplace noise have no accountant: infinite.
+
+    Raises:
+        ValueError: for a delta outside (0, 1), an unknown kind of noise or observer, or a sensitivity that is not
+            positive.
     """
     one_of("observer", observer, ("server", "sums"))
+    if not 0 < delta < 1:
+        raise ValueError(f"delta={delta}: expected a number in (0, 1), like 1e-5")
+    for r in releases:
+        one_of("kind", r.kind, DRAW)
+        positive("sensitivity", r.sensitivity)
     if not any(r.count for r in releases):
         return 0.0
     if any(r.count and not (r.noise > 0 and math.isfinite(r.sensitivity)) for r in releases):
