@@ -87,6 +87,21 @@ def test_cold_rows_learn(case):
     assert np.abs(before - after).max(1).min() > 0
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_clients_hold_nothing_of_the_catalogues_size(case):
+    """Dense pull and generation included: never clients x items x width."""
+
+    def held(items):
+        warm = np.arange(items) < items // 2
+        catalogue = Catalogue({"text": np.random.default_rng(5).standard_normal((items, 7)).astype(np.float32)}, warm)
+        method = methods.build(case, USERS, items, catalogue, **{**SMALL, **CASES[case]})
+        shared = jax.eval_shape(lambda key: method.publish(key, method.init_server(key)), KEY)
+        client = jax.eval_shape(method.init_client, KEY, shared)
+        return sum(x.size for x in jax.tree.leaves(client))
+
+    assert held(60) == held(600) > 0
+
+
 @pytest.mark.parametrize("guidance", ["none", "zero", "random"])
 @pytest.mark.parametrize("neighbours", [0, 3])
 def test_ablated_guidance_knows_nothing_of_the_item(guidance, neighbours):

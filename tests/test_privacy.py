@@ -352,7 +352,7 @@ def test_without_noise_or_bound_there_is_no_epsilon():
 def test_what_has_no_epsilon_is_named(release, delta, message):
     with pytest.raises(ValueError, match=message):
         accounting.epsilon((release,), delta)
-    with pytest.raises(ValueError, match="lr=-1.0: expected a number > 0"):
+    with pytest.raises(ValueError, match=r"lr=-1\.0: expected a number > 0"):
         accounting.sensitivity_bound(-1.0, 2, 1, 0.1)
 
 
