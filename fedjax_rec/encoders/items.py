@@ -81,8 +81,8 @@ def image_items(path: str | Path, id_column: str, folder: str | Path, image_colu
         files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
         files.sort(key=lambda file: (-IMAGE_SUFFIXES.index(file.suffix.lower()), file.name))
         named = {file.stem: file for file in files}
-        inputs = [named.get(str(raw_id)) for raw_id in raw_ids.tolist()]
-        inputs = [file if file and os.path.isfile(file) else None for file in inputs]  # links may lead nowhere
+        found = [named.get(str(raw_id)) for raw_id in raw_ids.tolist()]
+        inputs = [file if file and os.path.isfile(file) else None for file in found]  # links may lead nowhere
         expected = [f"no file {raw_id}{IMAGE_SUFFIXES[0]}" for raw_id in raw_ids.tolist()]
     if not any(inputs):
         raise DataError(

@@ -95,9 +95,9 @@ def sensitivity_bound(lr: float, interval: int, epochs: int, clip: float, steps_
     Raises:
         ValueError: for a number that is not positive.
     """
-    for name, value in (("lr", lr), ("interval", interval), ("epochs", epochs), ("clip", clip)):
+    given = {"lr": lr, "interval": interval, "epochs": epochs, "clip": clip, "steps_per_epoch": steps_per_epoch}
+    for name, value in given.items():
         positive(name, value)
-    positive("steps_per_epoch", steps_per_epoch)
     return 2.0 * lr * interval * epochs * steps_per_epoch * clip
 
 
