@@ -10,6 +10,13 @@ flagfile, without the data set and the split. The last column is the paired diff
 of the per-client differences is shown with its 95 % interval (see fedjax_rec/compare.py). A claim is true or false
 where the interval leaves zero out, else open. A run has the cut-offs of its flagfile; where --k is given it has those
 instead, and the ones that its round is selected at.
+
+With --keep finished rows are also written to --kept (experiments/results), a small file each, without ids or ranks.
+What is kept there is printed, and judged by --claims, in a moment and without training:
+
+    python experiments/tables.py --norun --against=fedavg "--claims=fedvlr_fcf>fcf" experiments/ml_latest_small_*.flags
+
+--norun prints the rows that are in OUT, else those kept, and leaves out what is in neither.
 """
 
 from __future__ import annotations
@@ -40,10 +47,14 @@ flags.DEFINE_list("claims", [], "Claims to judge, as better>worse by row names."
 flags.DEFINE_list("k", [], "Cut-offs shown, which all runs get; default: those that all runs of a table have.")
 flags.DEFINE_multi_string("override", [], "A flag handed to every run after its flagfile, e.g. --rounds=50.")
 flags.DEFINE_bool("run", True, "False: only print what is there.")
+flags.DEFINE_bool("keep", False, "Write finished rows to --kept too, over what is there.")
+flags.DEFINE_string("kept", str(Path(__file__).with_name("results")), "Folder of kept rows.")
 flags.DEFINE_bool("keep_going", False, "Leave out a flagfile that is refused, instead of stopping at it.")
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
 REFUSED, DIVERGED = 2, 3  # exit codes of launch.py
+LAYOUT = "cpu_devices", "devices", "block_size", "max_buckets"
+"""Flags that only order a run's sums."""
 TABLE_OF = "dataset", "split", "protocol"
 DEFAULTS = {"select_metric": RunConfig.select_metric} | {name: getattr(RunConfig, name) for name in TABLE_OF}
 """The defaults of what is read in flagfiles."""
@@ -65,6 +76,11 @@ def given_flags(flagfile: Path) -> dict[str, str]:
 def every_flag(flagfile: Path) -> list[str]:
     """All that a run of a flagfile depends on."""
     return read_flags(flagfile) + cut_offs(flagfile)
+
+
+def what_matters(flagfile: Path) -> list[str]:
+    """The flags that the results of a run depend on."""
+    return [line for line in read_flags(flagfile) if line.lstrip("-").split("=")[0] not in LAYOUT]
 
 
 def cut_offs(flagfile: Path) -> list[str]:
@@ -177,7 +193,7 @@ def table(runs: dict[str, Runs]) -> str:
     """Markdown for the rows of one data set and split."""
     ks = shown(list(runs.values()))
     cold = next(iter(runs.values())).configs[0]["split"] == "cold_items"  # users have several targets, all unseen
-    names = [f"{name}@{k}" for k in ks for name in ("Recall" if cold else "HR", "NDCG")]
+    names = compare.shown(next(iter(runs.values())).configs[0]["split"], ks)
     wide = names[-2:]
     parts = () if cold else ("test_seen", "test_unseen")
     head = ["", *names, *(f"{m} {part.removeprefix('test_')}" for m in wide for part in parts), "seeds", "round"]
@@ -202,7 +218,7 @@ def table(runs: dict[str, Runs]) -> str:
 
 
 def _paired(runs: dict[str, Runs], name: str, other: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    return compare.by_client(runs[name].folders, metric), compare.by_client(runs[other].folders, metric)
+    return runs[name].by_client(metric), runs[other].by_client(metric)
 
 
 def _difference(runs: dict[str, Runs], name: str, other: str, metric: str) -> str:
@@ -230,8 +246,15 @@ def tables(flagfiles: Sequence[Path]) -> None:
     found: dict[str, dict[str, Runs]] = defaultdict(dict)
     for flagfile in accepted:
         group, row = placed[flagfile]
-        if any((out / flagfile.stem).glob(compare.SEED_FOLDER.format("*") + "/summary.json")):
-            found[group][row] = compare.read_runs(out / flagfile.stem)
+        home, kept = out / flagfile.stem, Path(FLAGS.kept) / f"{flagfile.stem}.npz"
+        if any(home.glob(compare.SEED_FOLDER.format("*") + "/summary.json")):
+            found[group][row] = compare.read_runs(home)
+            if FLAGS.keep:
+                compare.keep(found[group][row], kept, what_matters(flagfile))
+        elif not FLAGS.run and kept.exists():
+            found[group][row] = compare.read_kept(kept, what_matters(flagfile))
+    if not found:
+        raise UsageError(f"no finished run of these in {out}, and none kept in {FLAGS.kept}; leave out --norun")
     for group, runs in found.items():
         compare.check_comparable(list(runs.values()))
         print(f"{group}\n\n" * (len(found) > 1) + table(runs), flush=True)

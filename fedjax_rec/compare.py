@@ -2,26 +2,31 @@
 
     python -m fedjax_rec.compare runs/pfedrec runs/fedmf [--metrics=NDCG@10,HR@10]
 
-A workdir is that of one run, or a folder of seeds (`launch.py --seeds`). Differences are taken to the first workdir:
-each client's metric is averaged over the seeds of a workdir, and the mean of the per-client differences is shown with
-its 95 % interval (normal approximation over clients). The interval is about clients; the spread tells of seeds.
+A workdir is that of one run, a folder of seeds (`launch.py --seeds`), or a file of kept results
+(`experiments/tables.py --keep`). Differences are taken to the first workdir: each client's metric is averaged over the
+seeds of a workdir, and the mean of the per-client differences is shown with its 95 % interval (normal approximation
+over clients). The interval is about clients; the spread tells of seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+import hashlib
+import json
 import os
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fedjax_rec import metrics
 from fedjax_rec.validate import in_one_line, one_of
-from fedjax_rec.workdir import IMMATERIAL, UsageError, differences, read_config, read_json
+from fedjax_rec.workdir import IMMATERIAL, UsageError, differences, read_config, read_json, strict, write_npz
 
 SEED_FOLDER = "seed_{}"
 LAYOUT = frozenset({"devices", "block_size", "block_sizes", "max_buckets"})
@@ -30,13 +35,119 @@ MAY_DIFFER = IMMATERIAL | LAYOUT | {"seed"}
 """What seeds of one configuration may differ in."""
 
 
-class Runs(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Runs:
     """The finished runs of one workdir: their folders, configurations and summaries, by seed."""
 
     name: str
     folders: list[Path]
     configs: list[dict[str, Any]]
     summaries: list[dict[str, Any]]
+
+    def by_client(self, metric: str) -> np.ndarray:
+        """One test metric by run and client, [seeds, users]; NaN for clients that were not evaluated."""
+        return np.stack([read_per_client(folder, metric)[metric] for folder in self.folders])
+
+    @functools.cached_property
+    def metrics(self) -> list[str]:
+        """The names that `by_client` takes."""
+        return [name for name in read_per_client(self.folders[0]) if name == "MRR" or "@" in name]
+
+    @functools.cached_property
+    def tasks(self) -> list[str]:
+        """What each run ranked, as a hash of its users and their test items."""
+        held = [read_per_client(folder, "user_id", "test_item") for folder in self.folders]
+        return [
+            hashlib.sha256("\n".join([*one["user_id"], *one["test_item"].ravel()]).encode()).hexdigest() for one in held
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept(Runs):
+    """What `keep` has written of a folder of seeds: no ids and no ranks, but each client's metrics."""
+
+    held: dict[str, np.ndarray]
+
+    def by_client(self, metric: str) -> np.ndarray:
+        """As of Runs."""
+        return self.held[metric].astype(np.float64)
+
+    @functools.cached_property
+    def metrics(self) -> list[str]:
+        """Those that a table shows."""
+        return list(self.held)
+
+    @functools.cached_property
+    def tasks(self) -> list[str]:
+        """As of Runs."""
+        return [said["task"] for said in self.summaries]
+
+
+def shown(split: str, ks: Sequence[int]) -> list[str]:
+    """The metrics that a table has. Users of cold items have several targets, others mostly one."""
+    return [f"{name}@{k}" for k in ks for name in ("Recall" if split == "cold_items" else "HR", "NDCG")]
+
+
+def keep(runs: Runs, path: Path, asked: Sequence[str]) -> None:
+    """Writes a small file that holds what tables and claims need of finished runs.
+
+    Nothing in it is test data: clients are unnamed, and of their items there is a hash. Seeds that are there and not
+    among the runs stay.
+
+    Args:
+        asked: the flags that made the runs.
+
+    Raises:
+        UsageError: what is there is of other flags, or ranked other items.
+    """
+    parts = "method", "backbone", "rounds", "best_round", "test", "test_seen", "test_unseen", "valid", "versions"
+    rankers = {"reference_rankers": runs.summaries[0]["reference_rankers"]}
+    configs = [{k: v for k, v in config.items() if k not in IMMATERIAL} for config in runs.configs]
+    summaries = [
+        {"task": task, **{part: said[part] for part in parts}}
+        for task, said in zip(runs.tasks, runs.summaries, strict=True)
+    ]
+    held = {name: runs.by_client(name) for name in shown(configs[0]["split"], cut_offs([runs]))}
+    if path.exists():
+        there = read_kept(path, asked)
+        check_comparable([there, runs])
+        given = {config["seed"] for config in configs}
+        others = [i for i, config in enumerate(there.configs) if config["seed"] not in given]
+        held = {
+            name: np.concatenate([there.by_client(name)[others], values])
+            for name, values in held.items()
+            if name in there.metrics
+        }
+        configs = [there.configs[i] for i in others] + configs
+        summaries = [there.summaries[i] for i in others] + summaries
+    order = np.argsort([config["seed"] for config in configs])
+    said = {"asked": list(asked), "configs": [configs[i] for i in order], "summaries": [summaries[i] for i in order]}
+    said["summaries"][0] |= rankers
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = np.frombuffer(json.dumps(strict(said)).encode(), np.uint8)
+    write_npz(path, {"said": text, **{name: values[order].astype(np.float32) for name, values in held.items()}})
+
+
+def read_kept(path: Path, asked: Sequence[str] | None = None) -> Kept:
+    """What `keep` has written.
+
+    Args:
+        asked: the flags that are expected to have made it; None: any.
+
+    Raises:
+        UsageError: it is damaged, no such file, or of other flags.
+    """
+    held = _read_npz(path, (), "a file of tables.py --keep")
+    try:
+        said = json.loads(held.pop("said").tobytes())
+        configs, summaries = said["configs"], said["summaries"]
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"{path}: holds no kept results ({error!r}); expected a file of tables.py --keep") from None
+    if asked is not None and list(asked) != said["asked"]:
+        apart = ", ".join(sorted({*asked} ^ {*said["asked"]})) or "another order"
+        raise UsageError(f"{path}: kept of runs with other flags ({apart}); remove it, and run them again with --keep")
+    folders = [path / SEED_FOLDER.format(config["seed"]) for config in configs]
+    return Kept(str(path), folders, configs, summaries, held)
 
 
 def label(workdir: Path) -> str:
@@ -46,12 +157,14 @@ def label(workdir: Path) -> str:
 
 
 def read_runs(workdir: str | os.PathLike) -> Runs:
-    """The finished run, or runs of several seeds, in a workdir.
+    """The finished run, or runs of several seeds, in a workdir or a file of kept results.
 
     Raises:
         UsageError: there is none, or there are runs of several configurations.
     """
     folder = Path(workdir)
+    if folder.is_file():
+        return read_kept(folder)
     folders = [path for path in [folder, *seed_folders(folder)] if (path / "summary.json").exists()]
     if not folders:
         raise UsageError(f"{folder}: holds no finished run (no summary.json, no {SEED_FOLDER.format('<n>')}/ with one)")
@@ -90,23 +203,21 @@ def spread(values: Sequence[float | int | None]) -> str:
     return f"{np.mean(known):.4f}" + (f" ± {np.std(known, ddof=1):.4f}" if len(known) > 1 else "")
 
 
-def by_client(folders: Sequence[Path], metric: str) -> np.ndarray:
-    """One test metric by run and client, [seeds, users]."""
-    return np.stack([read_per_client(folder, metric)[metric] for folder in folders])
-
-
 def read_per_client(folder: Path, *names: str) -> dict[str, np.ndarray]:
     """The arrays of per_client.npz; only those named, where some are (the test items of a cold split are large).
 
     Raises:
         UsageError: there is none, or it is damaged.
     """
-    path = folder / "per_client.npz"
+    return _read_npz(folder / "per_client.npz", names, "a finished run; start it again to go on")
+
+
+def _read_npz(path: Path, names: Sequence[str], expected: str) -> dict[str, np.ndarray]:
     try:
-        with np.load(path) as held:
+        with path.open("rb") as file, np.load(file) as held:  # of a damaged file np.load leaves its own open
             return {name: held[name] for name in names or held.files}
     except FileNotFoundError:
-        raise UsageError(f"{path} does not exist: expected a finished run; start it again to go on") from None
+        raise UsageError(f"{path} does not exist: expected {expected}") from None
     except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
         raise UsageError(f"{path}: damaged ({error}); remove it, and start the run again") from None
 
@@ -123,35 +234,27 @@ def check_comparable(runs: Sequence[Runs]) -> None:
     Raises:
         UsageError: names the first run that differs from the first of all, and how.
     """
-    first = runs[0]
-    held = read_per_client(first.folders[0])
-    users, targets, judged = held["user_id"], held["test_item"], _judged(held)
+    first, judged = runs[0], True
     for other in runs:
-        for folder, config in zip(other.folders, other.configs, strict=True):
+        for folder, config, task in zip(other.folders, other.configs, other.tasks, strict=True):
             for name in ("dataset", "split", "ranking"):  # what filters leave shows in users and items
                 if config[name] != first.configs[0][name]:
                     raise UsageError(
                         f"{folder} cannot be compared with {first.folders[0]}: {name} is {config[name]!r} there and "
                         f"{first.configs[0][name]!r} here; compare runs on the same data and split"
                     )
-            held = read_per_client(folder)
-            same = np.array_equal(held["user_id"], users) and np.array_equal(held["test_item"], targets)
-            judged = judged & _judged(held) if same else judged
-            if not same:
+            if task != first.tasks[0]:
                 raise UsageError(
                     f"{folder} cannot be compared with {first.folders[0]}: their users or test items differ; compare "
                     "runs on the same data and split"
                 )
-            if not judged.any():
-                raise UsageError(
-                    f"{folder} cannot be compared with {first.folders[0]} and those between: no evaluated client in "
-                    "common; run them again with one --eval_clients"
-                )
-
-
-def _judged(held: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Which clients of per_client.npz were evaluated on test items."""
-    return np.isfinite(held["test_rank"]).any(1)
+        ndcg = shown(other.configs[0]["split"], cut_offs([other]))[-1]
+        judged = judged & np.isfinite(other.by_client(ndcg)).all(0)
+        if not judged.any():
+            raise UsageError(
+                f"{other.name} cannot be compared with {first.name} and those between: no evaluated client in common; "
+                "run them again with one --eval_clients"
+            )
 
 
 def compare(workdirs: Sequence[str | os.PathLike], names: Sequence[str] = ()) -> str:
@@ -169,17 +272,17 @@ def compare(workdirs: Sequence[str | os.PathLike], names: Sequence[str] = ()) ->
         raise UsageError(f"{len(workdirs)} workdirs given, expected two or more to compare")
     runs = [read_runs(workdir) for workdir in workdirs]
     check_comparable(runs)
-    known = [name for name in read_per_client(runs[0].folders[0]) if name == "MRR" or "@" in name]
+    known = runs[0].metrics
     names = list(names) or [name for name in known if name.startswith(("HR@", "NDCG@"))]
     for one in runs:
         for name in names:
-            one_of("metric", name, [n for n in known if n in one.summaries[0]["test"]])
+            one_of("metric", name, [n for n in known if n in one.metrics])
     head = ["", "seeds", *names, *(f"{name} - first" for name in names)]
-    base = {name: by_client(runs[0].folders, name) for name in names}
+    base = {name: runs[0].by_client(name) for name in names}
     rows = []
     for i, one in enumerate(runs):
         cells = [spread([said["test"][name] for said in one.summaries]) for name in names]
-        cells += [paired(by_client(one.folders, name), base[name]) if i else "" for name in names]
+        cells += [paired(one.by_client(name), base[name]) if i else "" for name in names]
         rows.append([f"{one.name} ({one.summaries[0]['method']})", str(len(one.folders)), *cells])
     config = runs[0].configs[0]
     protocols = sorted({config["protocol"] for one in runs for config in one.configs})

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import quick
 
+from fedjax_rec import compare
+
 ROOT = Path(__file__).resolve().parents[1]
 
 FLAGFILES = """
@@ -248,6 +250,36 @@ def test_failed_trials_are_not_chosen(tmp_path):
         cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT,
     )  # fmt: skip
     assert refused.returncode == 1 and "ml_1m_pgl.flags; leave pgl out" in refused.stdout + refused.stderr
+
+
+def test_kept_rows_are_printed_without_runs(base, held, tmp_path):
+    """Flags that only order sums are no other recipe; another recipe under the same name is refused."""
+    shutil.copytree(held, tmp_path / "out" / base.stem / "seed_0")
+    command = ["experiments/tables.py", f"--kept={tmp_path / 'kept'}", "--seeds=1", "--against=fedvlr_fcf", "--norun"]
+    said = call(*command, f"--out={tmp_path / 'out'}", "--keep", "--override=--cpu_devices=2", base)
+    assert "| fedvlr_fcf |" in said and (tmp_path / "kept" / f"{base.stem}.npz").stat().st_size < 20_000
+    assert call(*command, f"--out={tmp_path / 'none'}", base) == said
+    wrong = {"--override=--rounds=6": "with other flags (--rounds=6)", "--kept=none": "none kept"}
+    for flag, expected in wrong.items():
+        refused = subprocess.run(
+            [sys.executable, *command, f"--out={tmp_path / 'none'}", flag, str(base)],
+            cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT,
+        )  # fmt: skip
+        assert refused.returncode == 2 and expected in refused.stderr and refused.stderr.count("\n") == 1
+
+
+KEPT = sorted((ROOT / "experiments" / "results").glob("*.npz"))
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
+def test_kept_results_are_those_of_the_recipes(path):
+    flagfile = ROOT / "experiments" / f"{path.stem}.flags"
+    given = [line for line in flagfile.read_text().split("\n") if line.startswith("--")]
+    kept = compare.read_kept(path, [line for line in given if not line.startswith("--max_buckets")])
+    assert len(kept.configs) >= 2
+    for metric in kept.metrics:
+        means = np.nanmean(kept.by_client(metric), axis=1)
+        np.testing.assert_allclose(means, [said["test"][metric] for said in kept.summaries], rtol=1e-5)
 
 
 def test_tables_judge_claims(tmp_path):

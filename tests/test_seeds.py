@@ -303,3 +303,75 @@ def test_runs_judged_on_different_clients_are_refused(folder, tmp_path):
     assert "nan" not in compare.compare([folder / "single", tmp_path / "some"], ["MRR"])
     with pytest.raises(UsageError, match=r"others cannot be compared .*no evaluated client in common"):
         compare.compare([folder / "single", tmp_path / "some", tmp_path / "others"], ["MRR"])
+
+
+# ---- kept results --------------------------------------------------------------------------------------------
+
+
+def test_kept_results_tell_what_the_runs_tell(folder, tmp_path):
+    runs = compare.read_runs(folder / "fcf")
+    path = tmp_path / "some" / "fcf.npz"
+    compare.keep(runs, path, ["--method=fcf"])
+    kept = compare.read_kept(path, ["--method=fcf"])
+    assert kept.metrics == compare.shown("leave_one_out", [5, 10]) == ["HR@5", "NDCG@5", "HR@10", "NDCG@10"]
+    for name in kept.metrics:
+        np.testing.assert_allclose(kept.by_client(name), runs.by_client(name), rtol=1e-6)
+    for said, of in zip(kept.summaries, runs.summaries, strict=True):
+        assert said["test"] == of["test"] and said["best_round"] == of["best_round"]
+    assert kept.summaries[0]["reference_rankers"] == runs.summaries[0]["reference_rankers"]
+    beside, apart = (
+        [line.split()[1:] for line in compare.compare([first, folder / "fedmf"]).splitlines()]
+        for first in (path, folder / "fcf")
+    )
+    assert beside == apart and len(beside) == 6
+    with pytest.raises(ValueError, match="metric='MRR'"):
+        compare.compare([path, folder / "fedmf"], ["MRR"])
+    again = tmp_path / "again.npz"
+    compare.keep(runs, again, ["--method=fcf"])
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_nothing_kept_names_a_user_or_an_item(folder, tmp_path):
+    compare.keep(compare.read_runs(folder / "fcf"), tmp_path / "fcf.npz", [])
+    with np.load(tmp_path / "fcf.npz") as held:
+        assert {held[name].dtype.kind for name in held.files} == {"f", "u"}
+        text = held["said"].tobytes().decode()
+    interactions = data()[0]
+    ids = [*interactions.user_ids.astype(str), *interactions.item_ids.astype(str)]
+    assert not any(f'"{id_}"' in text for id_ in ids)
+
+
+def test_seeds_that_are_kept_already_stay(folder, tmp_path):
+    path, few = tmp_path / "fedmf.npz", tmp_path / "few"
+    for seed in (4, 5):
+        shutil.copytree(folder / "fedmf" / f"seed_{seed}", few / f"seed_{seed}")
+    compare.keep(compare.read_runs(few), path, ["--method=fedmf"])
+    shutil.rmtree(few / "seed_5")
+    shutil.copytree(folder / "fedmf" / "seed_3", few / "seed_3")
+    compare.keep(compare.read_runs(few), path, ["--method=fedmf"])
+    kept, runs = compare.read_kept(path), compare.read_runs(folder / "fedmf")
+    assert [config["seed"] for config in kept.configs] == [3, 4, 5]
+    assert [said["test"] for said in kept.summaries] == [said["test"] for said in runs.summaries]
+    np.testing.assert_allclose(kept.by_client("NDCG@10"), runs.by_client("NDCG@10"), rtol=1e-6)
+
+
+def test_kept_results_of_other_flags_or_data_are_refused(folder, tmp_path):
+    path, runs = tmp_path / "fcf.npz", compare.read_runs(folder / "fcf")
+    compare.keep(runs, path, ["--method=fcf", "--rounds=4"])
+    with pytest.raises(UsageError, match=r"with other flags \(--rounds=4, --rounds=5\)"):
+        compare.read_kept(path, ["--method=fcf", "--rounds=5"])
+    with pytest.raises(UsageError, match="with other flags"):
+        compare.keep(runs, path, ["--method=fcf", "--rounds=5"])
+    other = tmp_path / "other"
+    run.train(dataclasses.replace(CONFIG, rounds=2), other, data=data(seed=1))
+    with pytest.raises(UsageError, match="their users or test items differ"):
+        compare.compare([path, other])
+    with pytest.raises(UsageError, match="their users or test items differ"):
+        compare.keep(compare.read_runs(other), path, ["--method=fcf", "--rounds=4"])
+    assert len(compare.read_kept(path).configs) == 2
+    np.savez(tmp_path / "foreign.npz", values=np.zeros(3))
+    with pytest.raises(UsageError, match=r"foreign\.npz: holds no kept results"):
+        compare.read_kept(tmp_path / "foreign.npz")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UsageError, match=r"fcf\.npz: damaged"):
+        compare.compare([path, folder / "fcf"])
