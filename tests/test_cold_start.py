@@ -87,6 +87,28 @@ def test_cold_rows_learn(case):
     assert np.abs(before - after).max(1).min() > 0
 
 
+@pytest.mark.parametrize("backbone", ["fcf", "fedavg", "fedrap"])
+def test_warm_items_are_trained_as_by_the_backbone(backbone):
+    settings = {**SMALL, "lr": 3.0, "item_lr_scale": 0.5, "init_std": 0.1}
+    plain = methods.build(backbone, USERS, ITEMS, **settings)
+    over = built("mdifffr", features(), **settings, backbone=backbone)
+    population, warm = clients.build(split(), max_buckets=1), np.flatnonzero(split().candidates["train"])
+    engines = [make_engine(method, population) for method in (plain, over)]
+    alone, beside = (engine.init(KEY) for engine in engines)
+    server = dataclasses.replace(beside.server, shared=jax.tree.map(jnp.copy, alone.server.shared))
+    beside = dataclasses.replace(beside, server=server)
+    for round_ in range(2):
+        alone, _ = engines[0].round(KEY, alone, round_)
+        beside, _ = engines[1].round(KEY, beside, round_)
+    rows = [np.asarray(state.server.shared["item"])[warm] for state in (alone, beside)]
+    np.testing.assert_allclose(rows[0], rows[1], rtol=1e-5, atol=1e-7)
+    assert np.abs(rows[0] - np.asarray(engines[0].init(KEY).server.shared["item"])[warm]).max() > 1e-3
+    for mine, theirs in zip(jax.tree.leaves(alone.clients), jax.tree.leaves(beside.clients), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-7)
+    cold = np.flatnonzero(~split().candidates["train"])
+    assert np.ptp(scores(over, beside)[cold]) > 0
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_clients_hold_nothing_of_the_catalogues_size(case):
     """Dense pull and generation included: never clients x items x width."""

@@ -7,8 +7,8 @@
 The features m may come down to `condition_dim` principal components (64 in the release); clients only ever get rows.
 Equations: server/diffusion.py.
 
-Follows: "MDiffFR", Algorithms 1 and 2, over the paper's client (PFedRec) or any of fedmf, fedncf, pfedrec. Three
-presets:
+Follows: "MDiffFR", Algorithms 1 and 2, over the paper's client (PFedRec) or any other of methods/over.BACKBONES. Over
+FedRAP the made rows stand in for the common table, and a cold item's personal row is as it started (zero). Presets:
 
     paper     Eq. 14 with uniform weights, the attention's query as the only way in for x_t, Adam (the paper names none)
     released  the released code: SGD 1e-4 with weight decay 1e-3 and SNR-difference weights. Its noise ends at 0.045
@@ -52,7 +52,7 @@ from fedjax_rec.item_sources.cold import (
     with_cold_rows,
 )
 from fedjax_rec.method import Method
-from fedjax_rec.methods.over import OverConfig, plain_method
+from fedjax_rec.methods.over import BACKBONES, OverConfig, plain_method
 from fedjax_rec.server.diffusion import Diffusion, Settings, check
 from fedjax_rec.validate import one_of, positive
 
@@ -76,6 +76,7 @@ class Config(OverConfig):
     """Settings of MDiffFR; those of OverConfig besides.
 
     Attributes:
+        independence, sparsity, anneal, own_lr_scale, own_init_std: of FedRAP, see there.
         preset: `paper`, `released` or `proper`; sets the defaults of everything below.
         condition_dim: principal components of the features, 0 for the features themselves.
         guidance: `features`, or the ablations `none`, `zero`, `random`.
@@ -93,6 +94,11 @@ class Config(OverConfig):
     item_lr_scale: float = 1.0
     negatives: int = 5
     init_std: float = 0.1
+    independence: float = 0.001
+    sparsity: float = 0.001
+    anneal: bool = True
+    own_lr_scale: float = 0.2
+    own_init_std: float = 0.0
     preset: str = "paper"
     condition_dim: int = 0
     guidance: str = "features"
@@ -118,6 +124,8 @@ class Config(OverConfig):
     guidance_scale: float = 1.0
     sampling_noise: bool = False
     standardise: bool = False
+
+    OVER = tuple(BACKBONES)
 
     def __post_init__(self):
         super().__post_init__()

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 from fedjax_rec.method import Method
-from fedjax_rec.methods import fedmf, fedncf, pfedrec
+from fedjax_rec.methods import fedmf, fedncf, fedrap, pfedrec
 from fedjax_rec.sharing import LocalConfig
 from fedjax_rec.validate import one_of, positive, widths
 
+
+class Plain(NamedTuple):
+    """A plain method: how it is built, its settings, and those that make it what it is."""
+
+    build: Callable[..., Method]
+    settings: type[LocalConfig]
+    fixed: dict[str, Any]
+
+
 BACKBONES = {
-    "fedmf": (fedmf.fedmf, fedmf.Config),
-    "fedncf": (fedncf.fedncf, fedncf.Config),
-    "pfedrec": (pfedrec.pfedrec, pfedrec.Config),
+    "fcf": Plain(fedmf.fedmf, fedmf.Config, {"user_bias": False}),
+    "fedavg": Plain(fedmf.fedmf, fedmf.Config, {"weighting": "by_size"}),
+    "fedmf": Plain(fedmf.fedmf, fedmf.Config, {}),
+    "fedncf": Plain(fedncf.fedncf, fedncf.Config, {}),
+    "fedrap": Plain(fedrap.fedrap, fedrap.Config, {}),
+    "pfedrec": Plain(pfedrec.pfedrec, pfedrec.Config, {}),
 }
 
 SETTING_OF = {
-    "user_bias": ("fedmf",),
+    "user_bias": ("fedmf", "fedavg"),
     "user_init_std": ("fedmf", "fedavg", "fcf", "fedncf"),
     **dict.fromkeys(("layers", "branches", "network_lr_scale"), ("fedncf",)),
     **dict.fromkeys(("independence", "sparsity", "anneal", "own_lr_scale", "own_init_std"), ("fedrap",)),
@@ -36,7 +50,7 @@ class OverConfig(LocalConfig):
     """Settings of a method over a plain one.
 
     Attributes:
-        backbone: one of BACKBONES.
+        backbone: one of OVER.
         user_bias, user_init_std, layers, branches, network_lr_scale: of the backbones, see fedmf and fedncf.
     """
 
@@ -47,16 +61,20 @@ class OverConfig(LocalConfig):
     branches: str = "neumf"
     network_lr_scale: float = 1.0
 
+    OVER: ClassVar[tuple[str, ...]] = ("fedmf", "fedncf", "pfedrec")
+
     def __post_init__(self):
         super().__post_init__()
-        one_of("backbone", self.backbone, BACKBONES)
+        one_of("backbone", self.backbone, self.OVER)
         one_of("branches", self.branches, ("mlp", "neumf"))
         widths("layers", self.layers)
         positive("network_lr_scale", self.network_lr_scale)
         positive("user_init_std", self.user_init_std, zero_allowed=True)
-        if self.backbone == "pfedrec":
+        if self.backbone in ("pfedrec", "fedrap"):
             one_of("optimizer", self.optimizer, ("sgd",))
         no_other_backbones_settings(self)
+        if "weighting" in BACKBONES[self.backbone].fixed:
+            self.unused(f"backbone={self.backbone}", "weighting")
 
     @property
     def width(self) -> int:
@@ -66,7 +84,8 @@ class OverConfig(LocalConfig):
 
 def plain_method(config: OverConfig, num_users: int, num_items: int, name: str) -> Method:
     """The backbone as a method of its own, called `name` and with `config` for the log."""
-    build, settings = BACKBONES[config.backbone]
-    shared = {f.name for f in dataclasses.fields(settings)} & {f.name for f in dataclasses.fields(config)}
-    own = settings(**{field: getattr(config, field) for field in shared - {"preset"}})
-    return build(own, num_users, num_items, name=name)._replace(config=config)
+    plain = BACKBONES[config.backbone]
+    shared = {f.name for f in dataclasses.fields(plain.settings)} & {f.name for f in dataclasses.fields(config)}
+    given = {field: getattr(config, field) for field in shared - {"preset"}}
+    own = plain.settings(**{**given, **plain.fixed})
+    return plain.build(own, num_users, num_items, name=name)._replace(config=config)
