@@ -3,7 +3,8 @@
     python experiments/tune.py --data_dir=DATA --out=runs/tune --datasets=ku,ml-100k --methods=fedmf,fedvlr-fedrap
 
 For every data set and method: --trials random settings at one seed, then the --finalists best of them again at two
-more seeds; the setting with the best mean validation score over the three is chosen. None of the seeds is one that
+more seeds; the setting with the best mean validation score over the three is chosen. --hours caps what the trials of
+one method and data set may take: none is begun later, and a slow method has fewer. None of the seeds is one that
 tables.py reports, and no test metric is recorded. Every run is one line of a file in OUT, so that an interrupted
 search goes on where it was; --shard=i/n takes every n-th pair of data set and method, for several processes. Ranges
 are a method's own; those of view methods were narrowed after a first search on KU, FedRKG's after one on FilmTrust,
@@ -37,6 +38,7 @@ METHODS = ["fcf", "fedavg", "fedmf", "pfedrec", "fedrap", "fedncf"]
 flags.DEFINE_list("methods", METHODS, "Methods; those over another as method-backbone.")
 flags.DEFINE_integer("trials", 8, "Random settings per method and data set.")
 flags.DEFINE_integer("finalists", 2, "How many of them are run at all seeds.")
+flags.DEFINE_float("hours", None, "Hours of trials per method and data set; default: no limit.", lower_bound=0.0)
 flags.DEFINE_integer("rounds", 300, "Rounds at most; cold items take 120 at most.", lower_bound=1)
 flags.DEFINE_integer("patience", 50, "Rounds without a better validation score that end a trial.")
 flags.DEFINE_string("start_from", None, "Data set whose recipes are trial 0; default: random settings alone.")
@@ -391,6 +393,9 @@ def main(argv) -> None:
     def attempt(dataset: str, method: str, trial: int, seed: int) -> None:
         mine = [line for line in read_lines(path) if (line["dataset"], line["method"]) == (dataset, method)]
         if (trial, seed) in {(line["trial"], line["seed"]) for line in mine}:
+            return
+        spent = sum(line["seconds"] for line in mine)
+        if FLAGS.hours is not None and seed == SEEDS[0] and mine and spent >= 3600 * FLAGS.hours:
             return
         # a finalist is what was tried, whatever this file draws by now
         tried = next((line["settings"] for line in mine if line["trial"] == trial), None)

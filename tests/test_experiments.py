@@ -252,6 +252,15 @@ def test_failed_trials_are_not_chosen(tmp_path):
     assert refused.returncode == 1 and "ml_1m_pgl.flags; leave pgl out" in refused.stdout + refused.stderr
 
 
+def test_a_search_ends_with_its_hours_and_goes_on_with_more(tmp_path):
+    command = ["experiments/tune.py", f"--out={tmp_path}", "--datasets=synthetic", "--methods=ease", "--trials=2"]
+    tried = lambda: [json.loads(line)["trial"] for line in (tmp_path / "0.jsonl").read_text().splitlines()]
+    call(*command, "--finalists=0", "--hours=0")
+    assert tried() == [0]
+    call(*command, "--finalists=0", "--hours=1")
+    assert tried() == [0, 1]
+
+
 def test_kept_rows_are_printed_without_runs(base, held, tmp_path):
     """Flags that only order sums are no other recipe; another recipe under the same name is refused."""
     shutil.copytree(held, tmp_path / "out" / base.stem / "seed_0")
