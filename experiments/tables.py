@@ -253,8 +253,9 @@ def tables(flagfiles: Sequence[Path]) -> None:
                 compare.keep(found[group][row], kept, what_matters(flagfile))
         elif not FLAGS.run and kept.exists():
             found[group][row] = compare.read_kept(kept, what_matters(flagfile))
-    if not found:
-        raise UsageError(f"no finished run of these in {out}, and none kept in {FLAGS.kept}; leave out --norun")
+        else:
+            nor_kept = "" if FLAGS.run else f" and none kept in {FLAGS.kept}"
+            print(f"{flagfile.stem}: left out, no finished run in {out}{nor_kept}", file=sys.stderr)
     for group, runs in found.items():
         compare.check_comparable(list(runs.values()))
         print(f"{group}\n\n" * (len(found) > 1) + table(runs), flush=True)

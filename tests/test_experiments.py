@@ -268,13 +268,14 @@ def test_kept_rows_are_printed_without_runs(base, held, tmp_path):
     said = call(*command, f"--out={tmp_path / 'out'}", "--keep", "--override=--cpu_devices=2", base)
     assert "| fedvlr_fcf |" in said and (tmp_path / "kept" / f"{base.stem}.npz").stat().st_size < 20_000
     assert call(*command, f"--out={tmp_path / 'none'}", base) == said
-    wrong = {"--override=--rounds=6": "with other flags (--rounds=6)", "--kept=none": "none kept"}
-    for flag, expected in wrong.items():
-        refused = subprocess.run(
+    cases = {"--override=--rounds=6": (2, "with other flags (--rounds=6)"), "--kept=none": (0, "and none kept in none")}
+    for flag, (code, expected) in cases.items():
+        done = subprocess.run(
             [sys.executable, *command, f"--out={tmp_path / 'none'}", flag, str(base)],
             cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT,
         )  # fmt: skip
-        assert refused.returncode == 2 and expected in refused.stderr and refused.stderr.count("\n") == 1
+        assert done.returncode == code and expected in done.stderr and done.stderr.count("\n") == 1
+        assert done.stdout == ""
 
 
 KEPT = sorted((ROOT / "experiments" / "results").glob("*.npz"))
