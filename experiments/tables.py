@@ -11,8 +11,8 @@ of the per-client differences is shown with its 95 % interval (see fedjax_rec/co
 where the interval leaves zero out, else open. A run has the cut-offs of its flagfile; where --k is given it has those
 instead, and the ones that its round is selected at.
 
-With --keep finished rows are also written to --kept (experiments/results), a small file each, without ids or ranks.
-What is kept there is printed, and judged by --claims, in a moment and without training:
+With --keep finished rows are also written to --kept (experiments/results), a small file each: every client's metrics
+by seed, without ids. What is kept there is printed, and judged by --claims, in a moment and without training:
 
     python experiments/tables.py --norun --against=fedavg "--claims=fedvlr_fcf>fcf" experiments/ml_latest_small_*.flags
 
@@ -53,8 +53,8 @@ flags.DEFINE_bool("keep_going", False, "Leave out a flagfile that is refused, in
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
 REFUSED, DIVERGED = 2, 3  # exit codes of launch.py
-LAYOUT = "cpu_devices", "devices", "block_size", "max_buckets"
-"""Flags that only order a run's sums."""
+OF_THE_PLACE = compare.LAYOUT | {"cpu_devices", "data_dir", "workdir", "compile_cache", "checkpoint_every", "k"}
+"""Flags that say where and how a recipe runs, not what it is (which cut-offs are kept, the file itself says)."""
 TABLE_OF = "dataset", "split", "protocol"
 DEFAULTS = {"select_metric": RunConfig.select_metric} | {name: getattr(RunConfig, name) for name in TABLE_OF}
 """The defaults of what is read in flagfiles."""
@@ -78,9 +78,33 @@ def every_flag(flagfile: Path) -> list[str]:
     return read_flags(flagfile) + cut_offs(flagfile)
 
 
-def what_matters(flagfile: Path) -> list[str]:
-    """The flags that the results of a run depend on."""
-    return [line for line in read_flags(flagfile) if line.lstrip("-").split("=")[0] not in LAYOUT]
+def what_matters(lines: Sequence[str]) -> list[str]:
+    """The flags that make a recipe what it is; of files of features the modality."""
+    kept = [line for line in lines if line.lstrip("-").split("=")[0] not in OF_THE_PLACE]
+    return [re.sub("^(--features=[^=]*)=.*", r"\1", line) for line in kept]
+
+
+def kept_place(flagfile: Path) -> Path:
+    """The file of a row that is kept."""
+    return Path(FLAGS.kept) / f"{flagfile.stem}.npz"
+
+
+def keep(flagfile: Path, runs: Runs) -> None:
+    """Writes a row that this flagfile made.
+
+    Raises:
+        UsageError: another one, or none, made some of it.
+    """
+    matters = what_matters(read_flags(flagfile))
+    for folder in runs.folders:
+        record = folder / "asked.json"
+        made_by = what_matters(read_json(record)["flags"]) if record.exists() else None
+        if made_by != matters:
+            said = "it does not say by which flags" if made_by is None else f"by {' '.join(made_by)}"
+            raise UsageError(
+                f"{folder}: not made by {flagfile} as it is ({said}); leave out --norun, or use another --out"
+            )
+    compare.keep(runs, kept_place(flagfile), matters)
 
 
 def cut_offs(flagfile: Path) -> list[str]:
@@ -240,22 +264,33 @@ def tables(flagfiles: Sequence[Path]) -> None:
         raise UsageError("no flagfile given, expected some, like experiments/ku_*.flags")
     placed, out = places(flagfiles), Path(FLAGS.out)
     check(list(placed.values()))
+    if FLAGS.keep:  # what could not be written is better known before hours of training
+        for flagfile in placed:
+            if kept_place(flagfile).exists():
+                compare.read_kept(kept_place(flagfile), what_matters(read_flags(flagfile)))
     accepted = [flagfile for flagfile in placed if not FLAGS.run or run_seeds(flagfile, out / flagfile.stem)]
     if not accepted:
         raise UsageError(f"all of {', '.join(path.stem for path in placed)} were refused (see above)")
     found: dict[str, dict[str, Runs]] = defaultdict(dict)
     for flagfile in accepted:
         group, row = placed[flagfile]
-        home, kept = out / flagfile.stem, Path(FLAGS.kept) / f"{flagfile.stem}.npz"
+        home, kept = out / flagfile.stem, kept_place(flagfile)
         if any(home.glob(compare.SEED_FOLDER.format("*") + "/summary.json")):
             found[group][row] = compare.read_runs(home)
             if FLAGS.keep:
-                compare.keep(found[group][row], kept, what_matters(flagfile))
+                keep(flagfile, found[group][row])
         elif not FLAGS.run and kept.exists():
-            found[group][row] = compare.read_kept(kept, what_matters(flagfile))
+            found[group][row] = compare.read_kept(kept, what_matters(read_flags(flagfile)))
         else:
             nor_kept = "" if FLAGS.run else f" and none kept in {FLAGS.kept}"
             print(f"{flagfile.stem}: left out, no finished run in {out}{nor_kept}", file=sys.stderr)
+    if not found and not FLAGS.run:
+        raise UsageError(f"none of these has a finished run in {out} or is kept in {FLAGS.kept}; leave out --norun")
+    rows = set().union(*found.values())
+    for claim in FLAGS.claims:
+        absent = ", ".join(sorted({*claim.split(">")} - rows))
+        if absent:
+            print(f"--claims={claim}: not judged, no result of {absent}", file=sys.stderr)
     for group, runs in found.items():
         compare.check_comparable(list(runs.values()))
         print(f"{group}\n\n" * (len(found) > 1) + table(runs), flush=True)

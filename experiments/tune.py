@@ -2,15 +2,15 @@
 
     python experiments/tune.py --data_dir=DATA --out=runs/tune --datasets=ku,ml-100k --methods=fedmf,fedvlr-fedrap
 
-For every data set and method: --trials random settings at one seed, then the --finalists best of them again at two
-more seeds; the setting with the best mean validation score over the three is chosen. --hours caps what the trials of
-one method and data set may take: none is begun later, and a slow method has fewer. None of the seeds is one that
-tables.py reports, and no test metric is recorded. Every run is one line of a file in OUT, so that an interrupted
-search goes on where it was; --shard=i/n takes every n-th pair of data set and method, for several processes. Ranges
-are a method's own; those of view methods were narrowed after a first search on KU, FedRKG's after one on FilmTrust,
-on validation. --start_from=ml-100k tries that data set's recipes first, as trial 0, which saves trials where another
-data set of the kind was searched before. --choose writes the chosen settings as flagfiles. A method over a backbone is
-named with it, like fedvlr-fedrap, and a cold-item split with its data set, like ku@cold_items.
+For every data set and method: --trials random settings at one seed, then the --finalists best of them again at two more
+seeds; the setting with the best mean validation score over the three is chosen. --hours caps what the trials of one
+method and data set may take: after the first, none is begun later, and a slow method has fewer. None of the seeds is
+one that tables.py reports, and no test metric is recorded. Every run is one line of a file in OUT, so that an
+interrupted search goes on where it was; --shard=i/n takes every n-th pair of data set and method, for several
+processes. Ranges are a method's own; those of view methods were narrowed after a first search on KU, FedRKG's after one
+on FilmTrust, on validation. --start_from=ml-100k tries that data set's recipes first, as trial 0, which saves trials
+where another data set of the kind was searched before. --choose writes the chosen settings as flagfiles. A method over
+a backbone is named with it, like fedvlr-fedrap, and a cold-item split with its data set, like ku@cold_items.
 """
 
 from __future__ import annotations
@@ -394,8 +394,8 @@ def main(argv) -> None:
         mine = [line for line in read_lines(path) if (line["dataset"], line["method"]) == (dataset, method)]
         if (trial, seed) in {(line["trial"], line["seed"]) for line in mine}:
             return
-        spent = sum(line["seconds"] for line in mine)
-        if FLAGS.hours is not None and seed == SEEDS[0] and mine and spent >= 3600 * FLAGS.hours:
+        taken = [line["seconds"] for line in mine if line["seed"] == SEEDS[0]]
+        if FLAGS.hours is not None and seed == SEEDS[0] and taken and sum(taken) >= 3600 * FLAGS.hours:
             return
         # a finalist is what was tried, whatever this file draws by now
         tried = next((line["settings"] for line in mine if line["trial"] == trial), None)

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from fedjax_rec import metrics
+from fedjax_rec.data import readers
 from fedjax_rec.validate import in_one_line, one_of
 from fedjax_rec.workdir import IMMATERIAL, UsageError, differences, read_config, read_json, strict, write_npz
 
@@ -64,7 +65,7 @@ class Runs:
 
 @dataclasses.dataclass(frozen=True)
 class Kept(Runs):
-    """What `keep` has written of a folder of seeds: no ids and no ranks, but each client's metrics."""
+    """What `keep` has written of a folder of seeds: each client's metrics, without ids."""
 
     held: dict[str, np.ndarray]
 
@@ -83,6 +84,9 @@ class Kept(Runs):
         return [said["task"] for said in self.summaries]
 
 
+AGAIN = "remove it, and run them again with --keep"
+
+
 def shown(split: str, ks: Sequence[int]) -> list[str]:
     """The metrics that a table has. Users of cold items have several targets, others mostly one."""
     return [f"{name}@{k}" for k in ks for name in ("Recall" if split == "cold_items" else "HR", "NDCG")]
@@ -91,41 +95,63 @@ def shown(split: str, ks: Sequence[int]) -> list[str]:
 def keep(runs: Runs, path: Path, asked: Sequence[str]) -> None:
     """Writes a small file that holds what tables and claims need of finished runs.
 
-    Nothing in it is test data: clients are unnamed, and of their items there is a hash. Seeds that are there and not
-    among the runs stay.
+    Each client's metrics by seed, in the data set's order of users, without ids: of these and of test items there is a
+    hash. Seeds that are there and not among the runs stay.
 
     Args:
         asked: the flags that made the runs.
 
     Raises:
-        UsageError: what is there is of other flags, or ranked other items.
+        UsageError: the data set is a path, or what is there is of other flags, another configuration or other items.
     """
     parts = "method", "backbone", "rounds", "best_round", "test", "test_seen", "test_unseen", "valid", "versions"
-    rankers = {"reference_rankers": runs.summaries[0]["reference_rankers"]}
+    parts += ("reference_rankers",)  # of the first seed alone
     configs = [{k: v for k, v in config.items() if k not in IMMATERIAL} for config in runs.configs]
+    if readers.is_path(configs[0]["dataset"]):
+        raise UsageError(
+            f"{runs.name}: its data set is a file; expected one that has a name, for others to compare with"
+        )
     summaries = [
         {"task": task, **{part: said[part] for part in parts}}
         for task, said in zip(runs.tasks, runs.summaries, strict=True)
     ]
-    held = {name: runs.by_client(name) for name in shown(configs[0]["split"], cut_offs([runs]))}
-    if path.exists():
-        there = read_kept(path, asked)
-        check_comparable([there, runs])
-        given = {config["seed"] for config in configs}
-        others = [i for i, config in enumerate(there.configs) if config["seed"] not in given]
-        held = {
-            name: np.concatenate([there.by_client(name)[others], values])
-            for name, values in held.items()
-            if name in there.metrics
-        }
+    ks = cut_offs([runs])
+    held = {name: runs.by_client(name) for name in shown(configs[0]["split"], ks)}
+    there, others = _stays(runs, path, asked) if path.exists() else (None, [])
+    if others:
+        ks = [k for k in ks if k in cut_offs([there])]
+        if not ks:
+            raise UsageError(f"{path}: has the cut-offs {cut_offs([there])}, none of which these runs have; {AGAIN}")
         configs = [there.configs[i] for i in others] + configs
         summaries = [there.summaries[i] for i in others] + summaries
+        held = {
+            name: np.concatenate([there.by_client(name)[others], held[name]]) for name in there.metrics if name in held
+        }
     order = np.argsort([config["seed"] for config in configs])
-    said = {"asked": list(asked), "configs": [configs[i] for i in order], "summaries": [summaries[i] for i in order]}
-    said["summaries"][0] |= rankers
+    said = {
+        "asked": list(asked),
+        "configs": [{**configs[i], "ks": ks} for i in order],
+        "summaries": [summaries[i] for i in order],
+    }
+    for later in said["summaries"][1:]:
+        later.pop("reference_rankers", None)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = np.frombuffer(json.dumps(strict(said)).encode(), np.uint8)
-    write_npz(path, {"said": text, **{name: values[order].astype(np.float32) for name, values in held.items()}})
+    values = {name: held[name][order].astype(np.float32) for name in shown(configs[0]["split"], ks)}
+    write_npz(path, {"said": text, **values})
+
+
+def _stays(runs: Runs, path: Path, asked: Sequence[str]) -> tuple[Kept, list[int]]:
+    """What is kept under a name, and which of its seeds are not among the runs."""
+    there = read_kept(path, asked)
+    given = {config["seed"] for config in runs.configs}
+    others = [i for i, config in enumerate(there.configs) if config["seed"] not in given]
+    if others:
+        differing = differences(there.configs[0], runs.configs[0], "there", "given", MAY_DIFFER | {"ks"})
+        if differing:
+            raise UsageError(f"{path}: kept of runs with another configuration ({'; '.join(differing)}); {AGAIN}")
+        check_comparable([there, runs])
+    return there, others
 
 
 def read_kept(path: Path, asked: Sequence[str] | None = None) -> Kept:
@@ -137,17 +163,20 @@ def read_kept(path: Path, asked: Sequence[str] | None = None) -> Kept:
     Raises:
         UsageError: it is damaged, no such file, or of other flags.
     """
-    held = _read_npz(path, (), "a file of tables.py --keep")
+    if path.exists() and not zipfile.is_zipfile(path):
+        raise UsageError(f"{path}: expected a workdir, or a file of experiments/tables.py --keep")
+    held = _read_npz(path, (), "a file of experiments/tables.py --keep", AGAIN)
     try:
         said = json.loads(held.pop("said").tobytes())
-        configs, summaries = said["configs"], said["summaries"]
-    except (KeyError, ValueError) as error:
+        made_by, configs, summaries = said["asked"], said["configs"], said["summaries"]
+        name, folders = str(path), [path / SEED_FOLDER.format(config["seed"]) for config in configs]
+        shown(configs[0]["split"], cut_offs([Kept(name, folders, configs, summaries, held)]))
+    except (KeyError, ValueError, TypeError, IndexError) as error:
         raise UsageError(f"{path}: holds no kept results ({error!r}); expected a file of tables.py --keep") from None
-    if asked is not None and list(asked) != said["asked"]:
-        apart = ", ".join(sorted({*asked} ^ {*said["asked"]})) or "another order"
-        raise UsageError(f"{path}: kept of runs with other flags ({apart}); remove it, and run them again with --keep")
-    folders = [path / SEED_FOLDER.format(config["seed"]) for config in configs]
-    return Kept(str(path), folders, configs, summaries, held)
+    if asked is not None and sorted(asked) != sorted(made_by):
+        apart = ", ".join(sorted({*asked} ^ {*made_by}))
+        raise UsageError(f"{path}: kept of runs with other flags ({apart}); {AGAIN}")
+    return Kept(name, folders, configs, summaries, held)
 
 
 def label(workdir: Path) -> str:
@@ -209,17 +238,22 @@ def read_per_client(folder: Path, *names: str) -> dict[str, np.ndarray]:
     Raises:
         UsageError: there is none, or it is damaged.
     """
-    return _read_npz(folder / "per_client.npz", names, "a finished run; start it again to go on")
+    return _read_npz(
+        folder / "per_client.npz",
+        names,
+        "a finished run; start it again to go on",
+        "remove it, and start the run again",
+    )
 
 
-def _read_npz(path: Path, names: Sequence[str], expected: str) -> dict[str, np.ndarray]:
+def _read_npz(path: Path, names: Sequence[str], expected: str, remedy: str) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file, np.load(file) as held:  # of a damaged file np.load leaves its own open
             return {name: held[name] for name in names or held.files}
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist: expected {expected}") from None
     except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-        raise UsageError(f"{path}: damaged ({error}); remove it, and start the run again") from None
+        raise UsageError(f"{path}: damaged ({error}); {remedy}") from None
 
 
 def paired(a: np.ndarray, b: np.ndarray) -> str:

@@ -366,12 +366,64 @@ def test_kept_results_of_other_flags_or_data_are_refused(folder, tmp_path):
     run.train(dataclasses.replace(CONFIG, rounds=2), other, data=data(seed=1))
     with pytest.raises(UsageError, match="their users or test items differ"):
         compare.compare([path, other])
-    with pytest.raises(UsageError, match="their users or test items differ"):
+    with pytest.raises(UsageError, match="with another configuration .*data_hash"):
         compare.keep(compare.read_runs(other), path, ["--method=fcf", "--rounds=4"])
     assert len(compare.read_kept(path).configs) == 2
     np.savez(tmp_path / "foreign.npz", values=np.zeros(3))
     with pytest.raises(UsageError, match=r"foreign\.npz: holds no kept results"):
         compare.read_kept(tmp_path / "foreign.npz")
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UsageError, match=r"fcf\.npz: damaged"):
+    with pytest.raises(UsageError, match=r"fcf\.npz: expected a workdir, or a file of"):
         compare.compare([path, folder / "fcf"])
+
+
+@pytest.mark.parametrize("said", ["[]", "{}", '{"asked": [], "configs": [], "summaries": []}'])
+def test_foreign_files_are_no_kept_results(tmp_path, said):
+    np.savez(tmp_path / "foreign.npz", said=np.frombuffer(said.encode(), np.uint8))
+    with pytest.raises(UsageError, match="holds no kept results"):
+        compare.read_runs(tmp_path / "foreign.npz")
+
+
+def test_seeds_of_another_configuration_do_not_join(folder, tmp_path):
+    path, other = tmp_path / "fedmf.npz", tmp_path / "other"
+    compare.keep(compare.read_runs(folder / "fedmf"), path, [])
+    shutil.copytree(folder / "fedmf" / "seed_5", other / "seed_6")
+    config = json.loads((other / "seed_6" / "config.json").read_text())
+    change_config(other / "seed_6", seed=6, max_buckets=3)
+    compare.keep(compare.read_runs(other), path, [])
+    assert [config["seed"] for config in compare.read_kept(path).configs] == [3, 4, 5, 6]
+    for seed, change in ((7, {"settings": config["settings"] | {"lr": 9.0}}), (8, {"content_hash": {"text": "x"}})):
+        change_config(other / "seed_6", seed=seed, **change)
+        with pytest.raises(UsageError, match=f"of runs with another configuration .*{'lr' if seed == 7 else 'hash'}"):
+            compare.keep(compare.read_runs(other), path, [])
+
+
+def test_cut_offs_are_those_that_all_kept_seeds_have(folder, tmp_path):
+    path, few = tmp_path / "fedmf.npz", tmp_path / "few"
+    runs = compare.read_runs(folder / "fedmf")
+    with_ks = lambda ks, runs: dataclasses.replace(runs, configs=[{**config, "ks": ks} for config in runs.configs])
+    compare.keep(with_ks([5], runs), path, [])
+    compare.keep(runs, path, [])  # all of its seeds again: nothing of the old stays
+    assert compare.cut_offs([compare.read_kept(path)]) == [5, 10]
+    shutil.copytree(folder / "fedmf" / "seed_4", few / "seed_4")
+    compare.keep(with_ks([10], compare.read_runs(few)), path, [])
+    assert compare.cut_offs([compare.read_kept(path)]) == [10]
+    assert compare.read_kept(path).metrics == ["HR@10", "NDCG@10"]
+    with pytest.raises(UsageError, match=r"has the cut-offs \[10\], none of which"):
+        compare.keep(with_ks([5], compare.read_runs(few)), path, [])
+
+
+def test_rankers_are_those_of_the_first_seed(folder, tmp_path):
+    path, few = tmp_path / "fedmf.npz", tmp_path / "few"
+    shutil.copytree(folder / "fedmf" / "seed_5", few / "seed_5")
+    compare.keep(compare.read_runs(few), path, [])
+    shutil.copytree(folder / "fedmf" / "seed_3", few / "seed_3")
+    shutil.rmtree(few / "seed_5")
+    compare.keep(compare.read_runs(few), path, [])
+    shutil.copytree(folder / "fedmf" / "seed_4", few / "seed_4")
+    shutil.rmtree(few / "seed_3")
+    compare.keep(compare.read_runs(few), path, [])
+    summaries = compare.read_kept(path).summaries
+    rankers = json.loads((folder / "fedmf" / "seed_3" / "summary.json").read_text())["reference_rankers"]
+    assert summaries[0]["reference_rankers"] == rankers
+    assert not any("reference_rankers" in said for said in summaries[1:])

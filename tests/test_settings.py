@@ -24,7 +24,6 @@ def test_settings_without_effect_are_refused():
         ("plgc", {"backbone": "pfedrec", "user_init_std": 0.1}),
         ("fedrkg", {"backbone": "fedmf", "layers": (8, 4)}),
         ("mdifffr", {"backbone": "pfedrec", "branches": "mlp"}),
-        ("mdifffr", {"backbone": "fcf", "user_bias": False}),
         ("mdifffr", {"backbone": "fedmf", "sparsity": 0.1}),
         ("mdifffr", {"backbone": "fedavg", "weighting": "by_row"}),
         ("fedvlr", {"backbone": "fcf", "independence": 0.1}),

@@ -8,7 +8,8 @@ The features m may come down to `condition_dim` principal components (64 in the 
 Equations: server/diffusion.py.
 
 Follows: "MDiffFR", Algorithms 1 and 2, over the paper's client (PFedRec) or any other of methods/over.BACKBONES. Over
-FedRAP the made rows stand in for the common table, and a cold item's personal row is as it started (zero). Presets:
+FedRAP the made rows stand in for the common table, and a cold item's personal row is as it started (zero by
+default). Presets:
 
     paper     Eq. 14 with uniform weights, the attention's query as the only way in for x_t, Adam (the paper names none)
     released  the released code: SGD 1e-4 with weight decay 1e-3 and SNR-difference weights. Its noise ends at 0.045

@@ -20,17 +20,20 @@ class Plain(NamedTuple):
     fixed: dict[str, Any]
 
 
+def _preset(name: str) -> Plain:
+    chosen, default = (dataclasses.asdict(config) for config in (fedmf.PRESETS[name], fedmf.Config()))
+    return Plain(fedmf.fedmf, fedmf.Config, {k: v for k, v in chosen.items() if v != default[k]})
+
+
 BACKBONES = {
-    "fcf": Plain(fedmf.fedmf, fedmf.Config, {"user_bias": False}),
-    "fedavg": Plain(fedmf.fedmf, fedmf.Config, {"weighting": "by_size"}),
-    "fedmf": Plain(fedmf.fedmf, fedmf.Config, {}),
+    **{name: _preset(name) for name in ("fcf", "fedavg", "fedmf")},
     "fedncf": Plain(fedncf.fedncf, fedncf.Config, {}),
     "fedrap": Plain(fedrap.fedrap, fedrap.Config, {}),
     "pfedrec": Plain(pfedrec.pfedrec, pfedrec.Config, {}),
 }
 
 SETTING_OF = {
-    "user_bias": ("fedmf", "fedavg"),
+    "user_bias": ("fedmf", "fedavg", "fcf"),
     "user_init_std": ("fedmf", "fedavg", "fcf", "fedncf"),
     **dict.fromkeys(("layers", "branches", "network_lr_scale"), ("fedncf",)),
     **dict.fromkeys(("independence", "sparsity", "anneal", "own_lr_scale", "own_init_std"), ("fedrap",)),
@@ -73,8 +76,10 @@ class OverConfig(LocalConfig):
         if self.backbone in ("pfedrec", "fedrap"):
             one_of("optimizer", self.optimizer, ("sgd",))
         no_other_backbones_settings(self)
-        if "weighting" in BACKBONES[self.backbone].fixed:
-            self.unused(f"backbone={self.backbone}", "weighting")
+        for name, value in BACKBONES[self.backbone].fixed.items():
+            if getattr(self, name) != value:
+                self.unused(f"backbone={self.backbone}", name)
+            object.__setattr__(self, name, value)  # what is recorded is what is trained
 
     @property
     def width(self) -> int:
@@ -87,5 +92,4 @@ def plain_method(config: OverConfig, num_users: int, num_items: int, name: str) 
     plain = BACKBONES[config.backbone]
     shared = {f.name for f in dataclasses.fields(plain.settings)} & {f.name for f in dataclasses.fields(config)}
     given = {field: getattr(config, field) for field in shared - {"preset"}}
-    own = plain.settings(**{**given, **plain.fixed})
-    return plain.build(own, num_users, num_items, name=name)._replace(config=config)
+    return plain.build(plain.settings(**given), num_users, num_items, name=name)._replace(config=config)
