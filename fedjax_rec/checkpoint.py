@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from fedjax_rec import system
 from fedjax_rec.types import PyTree
 from fedjax_rec.workdir import UsageError
 
@@ -46,6 +47,7 @@ class Checkpoints:
             context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
             with context:
                 self._checkpointer.save(rounds_done, state, custom_metadata=notes)
+            system.return_free_memory()
 
     def notes(self) -> dict[str, Any]:
         """The facts saved with the newest checkpoint; UsageError if it cannot be read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import platform
 import resource
@@ -67,6 +68,17 @@ def peak_memory_bytes() -> int:
         return sum(s.get("peak_bytes_in_use", 0) for s in stats)
     scale = 1 if sys.platform == "darwin" else 1024  # kilobytes on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def return_free_memory() -> None:
+    """Gives memory that is free within the process back to the system, where the C library is glibc.
+
+    What a checkpoint is written through is freed in many pieces by many threads, and glibc keeps as much as the state
+    takes for later, beside the state itself.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def spare_maps() -> None:

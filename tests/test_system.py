@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 
 import jax
@@ -50,3 +51,17 @@ def test_compiled_functions_are_dropped_before_the_process_runs_out_of_maps(most
     system.spare_maps()
     assert double._cache_size() == (0 if dropped else 1)
     assert double(2.0) == 4
+
+
+def test_free_memory_is_returned_where_the_library_can(monkeypatch):
+    asked = []
+    library = types.SimpleNamespace(malloc_trim=asked.append)
+    monkeypatch.setattr(system.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(system.sys, "platform", "linux")
+    system.return_free_memory()
+    assert asked == [0]
+    del library.malloc_trim  # musl
+    system.return_free_memory()
+    monkeypatch.setattr(system.sys, "platform", "darwin")
+    system.return_free_memory()
+    assert asked == [0]
