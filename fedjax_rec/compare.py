@@ -84,6 +84,10 @@ class Kept(Runs):
         return [said["task"] for said in self.summaries]
 
 
+KEPT_OF_A_SUMMARY = (
+    "method", "backbone", "rounds", "best_round", "test", "test_seen", "test_unseen", "valid", "reference_rankers",
+    "versions",
+)  # fmt: skip
 AGAIN = "remove it, and run them again with --keep"
 
 
@@ -104,15 +108,13 @@ def keep(runs: Runs, path: Path, asked: Sequence[str]) -> None:
     Raises:
         UsageError: the data set is a path, or what is there is of other flags, another configuration or other items.
     """
-    parts = "method", "backbone", "rounds", "best_round", "test", "test_seen", "test_unseen", "valid", "versions"
-    parts += ("reference_rankers",)  # of the first seed alone
     configs = [{k: v for k, v in config.items() if k not in IMMATERIAL} for config in runs.configs]
     if readers.is_path(configs[0]["dataset"]):
         raise UsageError(
             f"{runs.name}: its data set is a file; expected one that has a name, for others to compare with"
         )
     summaries = [
-        {"task": task, **{part: said[part] for part in parts}}
+        {"task": task, **{part: said[part] for part in KEPT_OF_A_SUMMARY}}
         for task, said in zip(runs.tasks, runs.summaries, strict=True)
     ]
     ks = cut_offs([runs])
@@ -133,7 +135,7 @@ def keep(runs: Runs, path: Path, asked: Sequence[str]) -> None:
         "configs": [{**configs[i], "ks": ks} for i in order],
         "summaries": [summaries[i] for i in order],
     }
-    for later in said["summaries"][1:]:
+    for later in said["summaries"][1:]:  # of the rankers those of the first seed stand in a table
         later.pop("reference_rankers", None)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = np.frombuffer(json.dumps(strict(said)).encode(), np.uint8)

@@ -311,7 +311,7 @@ for path in sorted(pathlib.Path("experiments/results").glob("*.npz")):
     for metric in kept.metrics:
         means = np.nanmean(kept.by_client(metric), axis=1)
         np.testing.assert_allclose(means, [said["test"][metric] for said in kept.summaries], rtol=1e-5)
-    assert "/" not in np.load(path)["said"].tobytes().decode().replace("./.", ""), path
+    assert "/" not in np.load(path)["said"].tobytes().decode(), path  # no place on somebody's machine
     print(path)
 """
 

@@ -104,3 +104,10 @@ def test_weighting_by_row_brings_its_own_aggregator():
             "mine", init_shared=dict, init_private=dict, train=dict, score=dict,
             config=LocalConfig(weighting="by_row"), aggregator=aggregate.weighted_mean(),
         )  # fmt: skip
+
+
+def test_what_makes_a_backbone_what_it_is_is_recorded():
+    assert methods.make_config("mdifffr", {"backbone": "fcf"}).user_bias is False
+    fedavg = methods.make_config("mdifffr", {"backbone": "fedavg", "weighting": "by_size"})
+    assert fedavg == methods.make_config("mdifffr", {"backbone": "fedavg"}) and fedavg.weighting == "by_size"
+    assert methods.make_config("mdifffr", {"backbone": "fedmf"}).weighting == "equal"
