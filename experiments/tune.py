@@ -138,7 +138,7 @@ def draw_settings(method: str, trial: int) -> dict[str, Any]:
         settings["item_lr_scale"] = round(log_uniform(rng, 0.02, 1.0) / lr, 7)
         settings["interval"] = int(rng.choice([1, 2, 5, 10]))
         settings["beta"] = float(rng.choice([0.05, 0.1, 0.3, 0.5, 0.7, 0.9]))
-        settings["gate_lr"] = round(log_uniform(rng, 1e-3, 1.0), 5)
+        settings["gate_lr"] = round(log_uniform(rng, 1e-4, 0.1), 6)
     if over == "plgc":
         settings["contrast_weight"] = round(log_uniform(rng, 1e-4, 0.1), 6)
         settings["normalise"] = bool(rng.choice([False, True]))
