@@ -59,9 +59,12 @@ flags.DEFINE(
 )
 flags.DEFINE_integer("eval_every", 10, "Rounds between evaluations.")
 flags.DEFINE_integer("eval_clients", 0, "Evaluate on so many clients, drawn once; 0 for all.")
-flags.DEFINE_list("k", ["10", "50"], "Cut-offs of the metrics.")
+flags.DEFINE_list("k", None, "Cut-offs of the metrics; default: 10,50, on cold items 20,50,100.")
 flags.DEFINE_string("ndcg", "correct", "correct, or released: NDCG_released@k beside it, to compare with papers alone.")
-flags.DEFINE_string("select_metric", "NDCG@10", "Validation metric that selects the round, or a sum of some, A+B.")
+flags.DEFINE_string(
+    "select_metric", None,
+    "Validation metric that selects the round, or a sum of some, A+B; default: NDCG@10, on cold items the recalls.",
+)  # fmt: skip
 flags.DEFINE_integer("patience", 0, "Stop after so many rounds without improvement on validation; 0 for never.")
 flags.DEFINE_integer("checkpoint_every", 100, "Rounds between checkpoints; 0 for only at the end.")
 flags.DEFINE_integer("block_size", 0, "Clients per block; 0 chooses.")
@@ -160,7 +163,10 @@ def number(name: str, text: str, kind: type, expected: str) -> float:
         raise ValueError(f"{name}={text}: expected {expected}") from None
 
 
-def cut_offs() -> tuple[int, ...]:
+def cut_offs() -> tuple[int, ...] | None:
+    """None where none are given."""
+    if FLAGS.k is None:
+        return None
     return tuple(number("--k", k, int, "whole numbers, like 10,50") for k in FLAGS.k)
 
 

@@ -4,7 +4,8 @@
 
 FedVLR and its kin: fusion strategy, modalities, noise, sampling ratio. FedRKG: variants of guidance, interval, beta,
 the gate's rate. PLGC: mixing, kernel, contrast. MDiffFR: guidance, fusion of conditions, training of the diffusion,
-embedding size. Variants that are values of one setting are drawn as a curve, others as bars.
+Laplace noise on uploads (its Table 5), embedding size. IFedRec: that noise. Variants that are values of one setting are
+drawn as a curve, others as bars.
 
 Every variant is a flagfile OUT/flags/<name>.flags, the base with a few flags changed, and a folder of seeds; tables.py
 runs them, so that a call which was interrupted goes on. Nothing is tuned again: a variant has the base's rates. One
@@ -59,7 +60,7 @@ GROUPS = {
     | {"replaced_every_round": ["--set=guidance=global_only", "--set=interval=1"]},
     "interval": {f"every_{n}": [f"--set=interval={n}"] for n in (1, 5, 10, 50, 100, 200)},
     "beta": {f"beta_{b}": [f"--set=beta={b}"] for b in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)},
-    "gate": {f"gate_lr_{r}": [f"--set=gate_lr={r}"] for r in (0.0, 1e-4, 1e-2, 0.1, 1.0)},
+    "gate": {f"gate_lr_{r}": ["--set=guidance=ag", f"--set=gate_lr={r}"] for r in (0.0, 1e-4, 1e-2, 0.1, 1.0)},
     "mixing": {
         "global": ["--set=mixing=constant", "--set=coefficient=0"],
         "half": ["--set=mixing=constant", "--set=coefficient=0.5"],
@@ -73,6 +74,9 @@ GROUPS = {
     | {f"fusion_{name}": [f"--set=fusion={name}"] for name in ("mean", "concat")},
     "diffusion": {f"every_{n}_rounds": [f"--set=train_every={n}"] for n in (2, 5, 10)}
     | {"snr_weights": ["--set=loss_weights=snr"], "sampling_noise": ["--set=sampling_noise=true"]},
+    "laplace": {
+        f"laplace_{scale}": ["--dp_mechanism=laplace", f"--dp_noise={scale}"] for scale in (0.1, 1, 10, 20, 30, 40, 50)
+    },
     "size": {f"dim_{d}": [f"--set=dim={d}"] for d in (16, 32, 64, 128, 256)},
 }
 CURVES = {  # groups of one setting's values, which end the variants' names
@@ -80,13 +84,16 @@ CURVES = {  # groups of one setting's values, which end the variants' names
     "interval": "rounds between guidance",
     "beta": "beta",
     "gate": "rate of the gate",
+    "laplace": "scale of Laplace noise on uploads",
     "size": "embedding size",
 }
 OF_METHOD = {
     "fedrkg": ["guidance", "interval", "beta", "gate"],
     "plgc": ["mixing", "contrast"],
-    "mdifffr": ["conditions", "diffusion", "size"],
-    "light_mdifffr": ["conditions", "diffusion", "size"],
+    "mdifffr": ["conditions", "diffusion", "laplace", "size"],
+    "light_mdifffr": ["conditions", "diffusion", "laplace", "size"],
+    "ipfedrec": ["laplace"],
+    "ifedncf": ["laplace"],
     "fedvbpr": ["modality", "sampling"],
 }
 MULTIMODAL = ["strategy", "modality", "noise", "sampling"]

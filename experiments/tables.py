@@ -6,9 +6,9 @@ training-free rankers.
 The seeds of a flagfile are workdirs OUT/<flagfile>/seed_<n>, made by one launch.py, which compiles once for them;
 finished ones are not run again, and those made with other flags are lengthened or refused. A row is named by its
 flagfile, without the data set and the split. The last column is the paired difference to --against;
---claims=a>b,c>d are judged below the table at every cut-off: each client's metric is averaged over seeds, and the mean
-of the per-client differences is shown with its 95 % interval (see fedjax_rec/compare.py). A claim is true or false
-where the interval leaves zero out, else open. A run has the cut-offs of its flagfile; where --k is given it has those
+--claims=a>b,c>d are judged below the table at every cut-off, by the mean of the per-client differences with its 95 %
+interval for other clients and other seeds (`metrics.paired_difference`). A claim is true or false where the interval
+leaves zero out, else open. A run has the cut-offs of its flagfile; where --k is given it has those
 instead, and the ones that its round is selected at.
 
 With --keep finished rows are also written to --kept (experiments/results), a small file each: every client's metrics
@@ -34,7 +34,7 @@ from absl import app, flags
 
 from fedjax_rec import compare, metrics
 from fedjax_rec.compare import Runs
-from fedjax_rec.experiment import RunConfig
+from fedjax_rec.experiment import RunConfig, default_selection
 from fedjax_rec.validate import in_one_line, nearest
 from fedjax_rec.workdir import UsageError, read_json, write_json
 
@@ -56,7 +56,7 @@ REFUSED, DIVERGED = 2, 3  # exit codes of launch.py
 OF_THE_PLACE = compare.LAYOUT | {"cpu_devices", "data_dir", "workdir", "compile_cache", "checkpoint_every", "k"}
 """Flags that say where and how a recipe runs, not what it is (which cut-offs are kept, the file itself says)."""
 TABLE_OF = "dataset", "split", "protocol"
-DEFAULTS = {"select_metric": RunConfig.select_metric} | {name: getattr(RunConfig, name) for name in TABLE_OF}
+DEFAULTS = {name: getattr(RunConfig, name) for name in TABLE_OF}
 """The defaults of what is read in flagfiles."""
 
 
@@ -111,7 +111,8 @@ def cut_offs(flagfile: Path) -> list[str]:
     """--k for a run, where the user gave it: with the cut-offs that the run is selected at."""
     if not FLAGS.k:
         return []
-    selected = given_flags(flagfile).get("select_metric", DEFAULTS["select_metric"])
+    said = DEFAULTS | given_flags(flagfile)
+    selected = said.get("select_metric") or default_selection(said["split"], FLAGS.k)
     every = {*map(int, FLAGS.k), *map(int, re.findall(r"@(\d+)", selected))}
     return [f"--k={','.join(map(str, sorted(every)))}"]
 

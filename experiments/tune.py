@@ -162,7 +162,6 @@ def draw_cofedrec(rng) -> dict[str, Any]:
         "reg": round(log_uniform(rng, 1e-4, 0.05), 6),
         "item_clusters": int(rng.choice([10, 30, 60])),
         "negatives": int(rng.choice([1, 2, 4, 8])),
-        "contrast_items": 64,
     }
 
 
@@ -254,6 +253,7 @@ ALONE = {
     "mgcn": functools.partial(draw_pairwise, l2=between(1e-6, 1e-3), contrast_weight=any_of(0.001, 0.01, 0.1)),
     "pgl": functools.partial(draw_pairwise, mode=any_of("local", "global"), layers=any_of(1, 2)),
     "cofedrec": draw_cofedrec,
+    "cofedrec_anchors": draw_cofedrec,
     "feddae": draw_feddae,
     "ipfedrec": draw_ifedrec,
     "ifedncf": draw_ifedrec,

@@ -3,9 +3,8 @@
     python -m fedjax_rec.compare runs/pfedrec runs/fedmf [--metrics=NDCG@10,HR@10]
 
 A workdir is that of one run, a folder of seeds (`launch.py --seeds`), or a file of kept results
-(`experiments/tables.py --keep`). Differences are taken to the first workdir: each client's metric is averaged over the
-seeds of a workdir, and the mean of the per-client differences is shown with its 95 % interval (normal approximation
-over clients). The interval is about clients; the spread tells of seeds.
+(`experiments/tables.py --keep`). Differences are taken to the first workdir, client by client, and their mean is shown
+with its 95 % interval for other clients and other seeds (`metrics.paired_difference`).
 """
 
 from __future__ import annotations
@@ -259,7 +258,7 @@ def _read_npz(path: Path, names: Sequence[str], expected: str, remedy: str) -> d
 
 
 def paired(a: np.ndarray, b: np.ndarray) -> str:
-    """Mean of a - b over clients with its 95 % interval; a and b [seeds, users]."""
+    """Mean of a - b with its 95 % interval; a and b [seeds, users]."""
     mean, low, high = metrics.paired_difference(a, b)
     return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
 
@@ -324,7 +323,7 @@ def compare(workdirs: Sequence[str | os.PathLike], names: Sequence[str] = ()) ->
     protocols = sorted({config["protocol"] for one in runs for config in one.configs})
     title = (
         f"{config['dataset']}, {config['split']}, protocol {' and '.join(protocols)}, {config['ranking']} ranking\n"
-        "test metrics, mean ± standard deviation over seeds; paired difference to the first over clients, 95 % interval"
+        "test metrics, mean ± standard deviation over seeds; paired difference to the first, 95 % interval"
     )
     return "\n".join([title, *aligned([head, *rows])])
 

@@ -37,6 +37,14 @@ EVAL_CLIENTS_SEED = 2**20
 Whole, Number = int | np.integer, float | np.floating  # what a caller may give; held as int and float
 Place = str | os.PathLike
 
+CUT_OFFS = {"cold_items": (20, 50, 100)}
+"""Those of splits where they are not 10 and 50."""
+
+
+def default_selection(split: str, ks: Sequence[int]) -> str:
+    """The metric that selects a round where none is given."""
+    return "+".join(f"Recall@{k}" for k in ks) if split == "cold_items" else "NDCG@10"
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
@@ -55,9 +63,10 @@ class RunConfig:
         clients_per_round: a whole number, a share (1.0 is everybody, and becomes 0), or 0 for everybody.
         eval_every: rounds between evaluations; the last round is always evaluated.
         eval_clients: evaluate only so many clients (drawn once, whatever the seed), 0 for all.
-        ks: cut-offs of the metrics.
+        ks: cut-offs of the metrics; None: 10 and 50, on cold items 20, 50 and 100.
         ndcg: correct, or released to have NDCG_released@k beside it (see metrics.per_client).
-        select_metric: the validation metric that selects the round; names joined by `+` select by their sum.
+        select_metric: the validation metric that selects the round; names joined by `+` select by their sum. None:
+            NDCG@10, on cold items the sum of the recalls at `ks` (the protocol of IFedRec and MDiffFR).
         patience: stop after so many rounds without a better validation result, 0 for never.
         checkpoint_every: rounds between checkpoints, 0 for only at the end and when stopped.
         block_size, max_buckets, devices: how the engine lays out clients; part of the run's identity because they
@@ -84,9 +93,9 @@ class RunConfig:
     clients_per_round: Whole | Number = 0
     eval_every: Whole = 10
     eval_clients: Whole = 0
-    ks: Sequence[int] | np.ndarray = (10, 50)
+    ks: Sequence[int] | np.ndarray | None = None
     ndcg: str = "correct"
-    select_metric: str = "NDCG@10"
+    select_metric: str | None = None
     patience: Whole = 0
     checkpoint_every: Whole = 100
     block_size: Whole = 0
@@ -104,6 +113,8 @@ class RunConfig:
         one_of("protocol", self.protocol, ("honest", "published"))
         one_of("ranking", self.ranking, ("full", "sampled_99"))
         one_of("ndcg", self.ndcg, metrics.NDCGS)
+        if self.ks is None:
+            object.__setattr__(self, "ks", CUT_OFFS.get(self.split, (10, 50)))
         if isinstance(self.ks, int | str) or not len(self.ks):
             raise ValueError(f"ks={self.ks!r}: expected one cut-off or more, like (10, 50); --k=10,50")
         for name in ("rounds", "seed", "split_seed", "eval_every", "eval_clients", "patience", "checkpoint_every"):
@@ -128,6 +139,8 @@ class RunConfig:
                 )
         for k in self.ks:
             positive("ks", k)
+        if self.select_metric is None:
+            object.__setattr__(self, "select_metric", default_selection(self.split, self.ks))
         for part in self.select_metric.split("+"):
             one_of("select_metric", part, metrics.per_client(np.ones((1, 1)), *self.judged))
         for name in ("seed", "split_seed"):

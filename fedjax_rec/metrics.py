@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 WORST_SHARE = 0.1
 NDCGS = ("correct", "released")
@@ -116,15 +117,39 @@ def beyond_accuracy(recommended: np.ndarray, popularity: np.ndarray, k: int) -> 
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
-    """Mean of a - b over clients with its 95 % interval (low, high), by the normal approximation.
+    """Mean of a - b with its 95 % interval (low, high), for other clients and other seeds.
+
+    The variance is that of the mean over clients, paired, plus what seeds add to it: a two-way analysis of variance of
+    clients and seeds, both random (of the differences where both sides have the same number of seeds, else of each
+    side). Quantiles are Student's at Satterthwaite's degrees of freedom. Of one seed the spread over seeds is not
+    known, and the interval is about clients alone.
 
     Args:
-        a, b: one metric by client, [users] or [seeds, users] (averaged over seeds first); clients with NaN in either
-            are left out.
+        a, b: one metric by client, [users] or [seeds, users]; clients with NaN in either are left out.
     """
-    a, b = (np.mean(np.atleast_2d(x), axis=0) for x in (a, b))
-    difference = (a - b)[np.isfinite(a - b)]
-    if len(difference) < 2:
+    a, b = np.atleast_2d(a), np.atleast_2d(b)
+    known = np.isfinite(a).all(0) & np.isfinite(b).all(0)
+    clients = int(known.sum())
+    if clients < 2:
         return float("nan"), float("nan"), float("nan")
-    half = 1.96 * difference.std(ddof=1) / np.sqrt(len(difference))
-    return float(difference.mean()), float(difference.mean() - half), float(difference.mean() + half)
+    a, b = (x[:, known].astype(np.float64) for x in (a, b))
+    difference = a.mean(0) - b.mean(0)
+    parts = [(difference.var(ddof=1) / clients, clients)]
+    parts += [(_seeds_add(x), len(x)) for x in ([a - b] if len(a) == len(b) else [a, b]) if len(x) > 1]
+    variance = sum(part for part, _ in parts)
+    mean = float(difference.mean())
+    if not variance:
+        return mean, mean, mean
+    freedom = variance**2 / sum(part**2 / (number - 1) for part, number in parts)
+    half = float(stdtrit(freedom, 0.975) * np.sqrt(variance))
+    return mean, mean - half, mean + half
+
+
+def _seeds_add(values: np.ndarray) -> float:
+    """Variance of the mean of [seeds, clients] that is the seeds' own: what their means vary by beyond the noise of
+    single clients and seeds, which the variance over clients has already."""
+    seeds, clients = values.shape
+    of_seeds = values.mean(1, keepdims=True)
+    rest = values - of_seeds - values.mean(0) + values.mean()
+    noise = (rest**2).sum() / ((seeds - 1) * max(clients - 1, 1))
+    return max(float(of_seeds.var(ddof=1) - noise / clients), 0.0) / seeds

@@ -130,7 +130,8 @@ def test_merge_over_devices(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"), [("gpfedrec", {"layers": (4,)}), ("cofedrec", {"item_clusters": 4, "contrast_items": 8})]
+    ("name", "settings"),
+    [("gpfedrec", {"layers": (4,)}), ("cofedrec_anchors", {"item_clusters": 4, "contrast_items": 8})],
 )
 def test_tables_over_the_mail_are_held_once(name, settings):
     """The compiled functions write the uploads and the server's answers over the mail."""

@@ -168,12 +168,12 @@ def test_a_group_shares_its_mean(items):
 # ---- in the engine -----------------------------------------------------------------------------------------
 
 
-def engine_of(**settings):
+def engine_of(name="cofedrec", **settings):
     split = splits.leave_one_out(
         synthetic.make(USERS, ITEMS, min_history=4, median_history=7, max_history=15).interactions
     )
     small = {"dim": 4, "batch_size": 8, "negatives": 2, "lr": 0.2, "own_lr_scale": 5.0, "item_clusters": 3}
-    method = methods.build("cofedrec", USERS, ITEMS, **{**small, "init_std": 0.3, **settings})
+    method = methods.build(name, USERS, ITEMS, **{**small, "init_std": 0.3, **settings})
     return rounds.make_engine(method, clients.build(split, max_buckets=1))
 
 
@@ -229,5 +229,5 @@ def test_wrong_settings_are_named(setting, message):
 def test_more_clusters_than_items_are_refused():
     with pytest.raises(ValueError, match=r"item_clusters=91: expected a number in \[1, 90\]"):
         engine_of(item_clusters=91)
-    with pytest.raises(ValueError, match=r"contrast_items=91: expected a number in \[0, 90\]"):
-        engine_of(contrast_items=91)
+    with pytest.raises(ValueError, match=r"contrast_items=91: expected a number in \[1, 90\]"):
+        engine_of("cofedrec_anchors", contrast_items=91)

@@ -164,10 +164,12 @@ def test_local_only_shares_nothing():
 
 
 def test_released_preset():
-    engine = engine_of(preset="released", interval=1, lr=0.1)
+    engine = engine_of(preset="released", interval=1)
     config = engine.method.config
     assert (config.clip_norm, config.delay, config.client_init) == (1.0, True, "shared")
     assert methods.make_config("fedrkg", {"preset": "released"}).init_std == 1.0
+    released = ("fedrkg", "pfedrec", "cofedrec", "cofedrec_anchors")
+    assert {methods.make_config(name, {"preset": "released"}).lr for name in released} == {0.1}
     state = engine.init(KEY)
     heads = np.asarray(state.clients["head"]["weight"])
     assert (heads == heads[0]).all()

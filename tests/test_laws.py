@@ -47,6 +47,7 @@ OWN = {
     "gpfedrec": TOWER,
     "gpfedrec_anchors": {**TOWER, "anchor_items": 20},
     "cofedrec": CLUSTERS,
+    "cofedrec_anchors": {**CLUSTERS, "contrast_items": 30},
     "feddae": {"layers": (8,), "gate_width": 4, "history_rows": 64, "lr": 0.01, "dropout": 0.0},
     "fedvlr": VIEWS,
     "fedmr": VIEWS,
@@ -108,7 +109,6 @@ SPECIAL = {name: NAMED[name] for name in KIN} | {
     "graph of distances": Case(
         "gpfedrec", {**TOWER, "affinity": "distance", "message_layers": 2, "reg": 5.0}, "outside_all"
     ),
-    "sampled contrast": Case("cofedrec", {**CLUSTERS, "contrast_items": 30}, "outside_all"),
     "guidance": Case("fedrkg", {"interval": 2, "beta": 0.6, "gate_lr": 0.3, "gate_epochs": 2}),
     "guidance, released": Case(
         "fedrkg",

@@ -212,6 +212,32 @@ def test_the_paired_difference_is_over_clients():
     mean, low, high = metrics.paired_difference(base + 0.1 + 0.01 * rng.normal(size=400), base)
     assert low < 0.1 < high and high - low < 0.01  # 2 * 1.96 * 0.01 / sqrt(400) is about 0.002
     assert abs(mean - (low + high) / 2) < 1e-12
-    seeds = np.stack([base, base + 0.2])
-    np.testing.assert_allclose(metrics.paired_difference(seeds, base)[0], 0.1)  # float64 mean of 0 and 0.2
     assert np.isnan(metrics.paired_difference(np.full(3, np.nan), np.ones(3))).all()
+    assert metrics.paired_difference(base, base) == (0.0, 0.0, 0.0)
+
+
+def test_seeds_widen_the_interval_where_they_differ():
+    rng = np.random.default_rng(1)
+    base = rng.normal(size=400)
+    seeds = np.stack([base, base + 0.2])  # by shifts alone: variance 0.02 over two seeds
+    mean, low, high = metrics.paired_difference(seeds, base)
+    np.testing.assert_allclose([mean, high - mean, mean - low], [0.1, 12.7062 * 0.1, 12.7062 * 0.1], rtol=1e-4)
+    same = np.stack([base + 0.1 * rng.normal(size=400) for _ in range(5)])  # nothing but noise of single clients
+    alone = metrics.paired_difference(same.mean(0), base)
+    np.testing.assert_allclose(metrics.paired_difference(same, base), alone, atol=2e-3)
+    # shifts that both have do not count where seeds are paired, and do where they are not
+    shared = seeds + 0.01 * rng.normal(size=(2, 400))
+    width = lambda a, b: np.diff(metrics.paired_difference(a, b)[1:])[0]
+    assert width(shared, seeds) < 0.1 < width(shared, np.concatenate([seeds, seeds]))
+
+
+@pytest.mark.parametrize(("of_seeds", "of_both"), [(0.0, 1.0), (0.1, 1.0), (0.5, 0.1)])
+def test_the_interval_holds_the_truth_as_often_as_it_says(of_seeds, of_both):
+    """Clients and seeds drawn anew: 95 % of the intervals for the differences of two methods hold 0."""
+    rng, hold, times = np.random.default_rng(2), 0, 800
+    for _ in range(times):
+        sides = [of_seeds * rng.normal(size=(5, 1)) + of_both * rng.normal(size=(5, 60)) for _ in range(2)]
+        sides[0] = sides[0] + 0.5 * rng.normal(size=60)  # who is better with whom
+        _, low, high = metrics.paired_difference(*sides)
+        hold += low <= 0 <= high
+    assert 0.92 < hold / times < 0.985

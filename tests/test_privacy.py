@@ -495,22 +495,55 @@ def test_wrong_settings_are_named(change, message):
 # ---- attacks -------------------------------------------------------------------------------------------------
 
 
-def test_inversion_finds_a_planted_map_and_the_mean_does_not():
+def planted(width: int, bend) -> tuple[jnp.ndarray, jnp.ndarray]:
+    """(rows, features): rows are a bent linear map of the features."""
     rng = np.random.default_rng(0)
     features = rng.normal(size=(300, 6)).astype(np.float32) + 1
-    rows = features @ rng.normal(size=(6, 16)).astype(np.float32)
-    found = attacks.inversion(KEY, jnp.asarray(rows), jnp.asarray(features), hidden=(32,), steps=400, lr=1e-2)
-    attack, mean = found.measures["attack"], found.measures["mean"]
-    assert attack["MSE"] < 0.1 * mean["MSE"] and attack["MAE"] < 0.4 * mean["MAE"]
-    assert attack["Pearson"] > 0.9 > mean["Pearson"] and attack["structure"] < 0.3 * mean["structure"]
-    unrelated = jnp.asarray(rng.normal(size=(300, 16)).astype(np.float32))
-    blind = attacks.inversion(KEY, unrelated, jnp.asarray(features), hidden=(32,), steps=400, lr=1e-2)
-    assert blind.measures["attack"]["MSE"] > 0.9 * mean["MSE"]
-    assert found.true.shape == found.guess["attack"].shape == found.guess["mean"].shape == (240, 6)
+    return jnp.asarray(bend(features @ rng.normal(size=(6, width)).astype(np.float32))), jnp.asarray(features)
+
+
+TRAINED = {"hidden": (32,), "steps": 400, "lr": 1e-2}
+
+
+def test_inversion_finds_a_planted_map_and_the_mean_does_not():
+    rows, features = planted(16, lambda x: x)
+    found = attacks.inversion(KEY, rows, features, **TRAINED)
+    mean = found.measures["mean"]
+    for name in ("network", "ridge"):
+        attack = found.measures[name]
+        assert attack["MSE"] < 0.1 * mean["MSE"] and attack["MAE"] < 0.4 * mean["MAE"]
+        assert attack["Pearson"] > 0.9 > mean["Pearson"] and attack["structure"] < 0.3 * mean["structure"]
+        assert attack == {name: float(x) for name, x in attacks.closeness(found.true, found.guess[name]).items()}
+    assert found.attack == "ridge"  # a linear map is its own
+    assert found.measures["ridge"]["MSE"] < 1e-3 * mean["MSE"]
+    unrelated = jax.random.normal(jax.random.key(1), (300, 16))
+    blind = attacks.inversion(KEY, unrelated, features, **TRAINED)
+    assert all(blind.measures[name]["MSE"] > 0.9 * mean["MSE"] for name in blind.measures)
+    assert found.true.shape == (240, 6) and {guess.shape for guess in found.guess.values()} == {(240, 6)}
     np.testing.assert_array_equal(blind.true, found.true)  # the same items, whatever the rows
-    assert attack == {name: float(x) for name, x in attacks.closeness(found.true, found.guess["attack"]).items()}
     with pytest.raises(ValueError, match=r"leaked=0.001 of 300 items are 0"):
-        attacks.inversion(KEY, unrelated, jnp.asarray(features), leaked=0.001)
+        attacks.inversion(KEY, unrelated, features, leaked=0.001)
+
+
+def test_the_network_attacks_where_the_map_is_bent():
+    """Of rows that tell the features' lengths alone, a linear map finds next to nothing."""
+    rows, _ = planted(2, np.tanh)
+    found = attacks.inversion(KEY, rows, jnp.abs(rows), **TRAINED)
+    assert found.attack == "network"
+    assert found.measures["network"]["MSE"] < 0.2 * found.measures["ridge"]["MSE"]
+
+
+def test_the_ridge_is_the_solution_on_all_leaked_pairs():
+    rows, features = planted(5, lambda x: x)  # fewer dimensions than features: no exact map
+    found = attacks.inversion(KEY, rows, features, **TRAINED)
+    order = np.asarray(jax.random.permutation(jax.random.split(KEY)[0], 300))
+    x, y = np.asarray(rows, float)[order], np.asarray(features, float)[order]
+    x, y0 = (x - x[:60].mean(0)) / x[:60].std(0), y[:60].mean(0)
+    fits = [
+        y0 + x[60:] @ np.linalg.solve(x[:60].T @ x[:60] / 60 + p * np.eye(5), x[:60].T @ (y[:60] - y0) / 60)
+        for p in attacks.RIDGES
+    ]
+    assert min(np.abs(fit - np.asarray(found.guess["ridge"])).max() for fit in fits) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ METHODS: dict[str, Entry] = {
     "gpfedrec": Entry(gpfedrec.gpfedrec, gpfedrec.Config()),
     "gpfedrec_anchors": Entry(gpfedrec.gpfedrec_anchors, gpfedrec.AnchorsConfig()),
     "cofedrec": Entry(cofedrec.cofedrec, cofedrec.Config(), presets=cofedrec.PRESETS),
+    "cofedrec_anchors": Entry(cofedrec.cofedrec_anchors, cofedrec.AnchorsConfig(), presets=cofedrec.ANCHORS_PRESETS),
     "mf": Entry(pointwise.mf, pointwise.Config(), central=True),
     "neumf": Entry(pointwise.neumf, pointwise.NeuMFConfig(), central=True),
     "ease": Entry(ease.ease, ease.Config(), central=True, everybody=True),

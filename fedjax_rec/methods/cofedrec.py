@@ -21,13 +21,14 @@ group. The score function's step ignores the contrast, whose gradient there is z
 own_lr_scale and item_lr_scale has no effect. The mean table is published as well, for users who join later.
 
 Cost: the contrast takes 3 items^2 dim products at every local step, in blocks of anchors without an items x items
-array. `contrast_items=n` draws n anchors i at every step instead (each against all items): an unbiased estimate of the
-same gradient at 3 n items dim.
+array. `cofedrec_anchors` is OUR VARIANT for larger catalogues, not the paper's: it draws contrast_items anchors i at
+every step instead (each against all items), an unbiased estimate of the same gradient at 3 contrast_items items dim.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,7 @@ from fedjax_rec.method import Method, Server
 from fedjax_rec.roles import binary_cross_entropy, run_steps, sgd_step
 from fedjax_rec.server import clusters
 from fedjax_rec.sharing import LocalConfig, item_table
+from fedjax_rec.types import PRNGKey
 from fedjax_rec.validate import between, one_of, positive
 
 ANCHORS_AT_ONCE = 64
@@ -49,10 +51,9 @@ class Config(LocalConfig):
     """Attributes:
     item_clusters: clusters of the k-means. kmeans_iterations: its steps.
     reg: weight of the contrast. temperature, base_temperature: tau and tau_0.
-    contrast_items: anchors drawn at every step; 0 takes all items.
     own_lr_scale: rate of the item table relative to lr.
     rate_by_items: the rate of the item table is lr * own_lr_scale * items, as in the released code.
-    preset: `paper`, or `released` for the released code's item rate and start, see PRESETS.
+    preset: `paper`, or `released` for the released code's rates and start, see PRESETS.
     Others: see LocalConfig; the server averages (server_optimizer, server_lr and weighting stay as they are).
     """
 
@@ -63,7 +64,6 @@ class Config(LocalConfig):
     reg: float = 0.005
     temperature: float = 0.1
     base_temperature: float = 0.5
-    contrast_items: int = 0
     own_lr_scale: float = 20.0
     rate_by_items: bool = False
     preset: str = "paper"
@@ -74,14 +74,19 @@ class Config(LocalConfig):
         self.only_averages("cofedrec")
         for name in ("item_clusters", "kmeans_iterations", "temperature", "base_temperature", "own_lr_scale"):
             positive(name, getattr(self, name))
-        for name in ("reg", "contrast_items"):
-            positive(name, getattr(self, name), zero_allowed=True)
+        positive("reg", self.reg, zero_allowed=True)
 
 
-PRESETS = {
-    "paper": Config(),
-    "released": Config(preset="released", rate_by_items=True, own_lr_scale=80.0, init_std=1.0),
-}
+@dataclasses.dataclass(frozen=True)
+class AnchorsConfig(Config):
+    """Attributes: contrast_items: anchors drawn at every step. Others: see Config."""
+
+    contrast_items: int = 64
+
+
+RELEASED = {"preset": "released", "lr": 0.1, "rate_by_items": True, "own_lr_scale": 80.0, "init_std": 1.0}
+PRESETS = {"paper": Config(), "released": Config(**RELEASED)}
+ANCHORS_PRESETS = {"paper": AnchorsConfig(), "released": AnchorsConfig(**RELEASED)}
 
 
 def directions(table: Float[Array, "items dim"]) -> Float[Array, "items dim"]:
@@ -133,10 +138,22 @@ def contrast(
     return value, back(grad)[0]
 
 
-def cofedrec(config: Config, num_users: int, num_items: int, name: str = "cofedrec") -> Method:
-    """CoFedRec; see the module docstring."""
+def cofedrec_anchors(config: AnchorsConfig, num_users: int, num_items: int, name: str = "cofedrec_anchors") -> Method:
+    """CoFedRec with a contrast of sampled items; see the module docstring."""
+    between("contrast_items", config.contrast_items, 1, num_items)
+    draw = lambda key: jax.random.randint(key, (config.contrast_items,), 0, num_items)
+    return cofedrec(config, num_users, num_items, name, draw)
+
+
+def cofedrec(
+    config: Config,
+    num_users: int,
+    num_items: int,
+    name: str = "cofedrec",
+    anchors: Callable[[PRNGKey], Int[Array, "anchors"]] | None = None,
+) -> Method:
+    """CoFedRec; see the module docstring. `anchors`: the items that a step contrasts with all; None: every item."""
     between("item_clusters", config.item_clusters, 1, num_items)
-    between("contrast_items", config.contrast_items, 0, num_items)
     item_lr = config.lr * config.own_lr_scale
     if config.rate_by_items:
         item_lr *= num_items
@@ -150,11 +167,8 @@ def cofedrec(config: Config, num_users: int, num_items: int, name: str = "cofedr
     tune_items = sgd_step(loss, {"item": item_lr})
 
     def contrast_of(key, table, labels):
-        if config.contrast_items:
-            anchors = jax.random.randint(key, (config.contrast_items,), 0, num_items)
-        else:
-            anchors = jnp.arange(num_items)
-        return contrast(table, labels, anchors, config.temperature, config.item_clusters)
+        some = jnp.arange(num_items) if anchors is None else anchors(key)
+        return contrast(table, labels, some, config.temperature, config.item_clusters)
 
     def local_update(key, shared, params, data):
         labels = shared["clusters"]

@@ -155,6 +155,7 @@ PRESETS = {
     "paper": Config(),
     "released": Config(
         preset="released",
+        lr=0.1,
         clip_norm=1.0,
         delay=True,
         client_init="shared",

@@ -27,8 +27,8 @@ from fedjax_rec.validate import one_of
 
 @dataclasses.dataclass(frozen=True)
 class Config(LocalConfig):
-    """Attributes: preset: `paper`, or `released` for the released code's item rate and start (its lr is 0.1, its
-    batches 256, its negatives 4), see PRESETS. rate_by_items: the table's rate is lr * item_lr_scale * items, not
+    """Attributes: preset: `paper`, or `released` for the released code's rates and start (its batches 256 and
+    negatives 4 are the defaults), see PRESETS. rate_by_items: the table's rate is lr * item_lr_scale * items, not
     clients. Others: LocalConfig. A small item_lr_scale keeps the tuning on the client gentle, server_lr makes up for it
     in the shared table."""
 
@@ -49,7 +49,7 @@ class Config(LocalConfig):
 
 PRESETS = {
     "paper": Config(),
-    "released": Config(preset="released", rate_by_items=True, item_lr_scale=80.0, init_std=1.0, server_lr=1.0),
+    "released": Config(preset="released", lr=0.1, rate_by_items=True, item_lr_scale=80.0, init_std=1.0, server_lr=1.0),
 }
 
 

@@ -24,8 +24,10 @@ client's first round E^L = E^G and lambda = 1/2.
 `table=persistent` (default) keeps E^L on the client from its start as a copy of E^G; the upload is what training
 changed in E^L, so with equal weights, full participation and server_lr 1 the server's E^G is the mean of the clients'
 tables. `table=replaced` sets E^L to E^G every round: the kernel rule then always says 1/2, and `mixing=constant
-coefficient=1 contrast_weight=0` is the backbone itself. The other shared roles (FedNCF's network) are averaged as in
-the backbone. The order of updates is the backbone's too: over PFedRec the head steps first.
+coefficient=1 contrast_weight=0` is the backbone itself. The default server_lr of 10, with an item rate as much smaller,
+is PFedRec's: own tables then move gently and E^G ten mean changes at once, so that its rows are the larger ones and
+lambda falls for that reason too; `server_lr=1` is the plain mean. The other shared roles (FedNCF's network) are
+averaged as in the backbone. The order of updates is the backbone's too: over PFedRec the head steps first.
 
 Limits: the rule prefers the table with the larger rows, so an own table that runs away gets lambda -> 1
 (`normalise=True` divides each table by the root mean square of its rows). A batch of n items gives C at most rank
