@@ -2,19 +2,22 @@
 
     python experiments/privacy.py --data_dir=DATA --out=runs/privacy                       # the embedded data set
     python experiments/privacy.py --data_dir=DATA --dataset=filmtrust --parts=utility --set=backbone=pfedrec
+    python experiments/privacy.py --parts=inversion,probes --out=runs/attacks runs/mdifffr runs/cs_fcf runs/ipfedrec
 
-    utility     FedRKG under both of its mechanisms, by epsilon: utility.png (needs the extra `privacy`)
-    laplace     MDiffFR on cold items under Laplace noise of some intensities (its Table 5): laplace.png
-    attacks     inversion of what MDiffFR and IFedRec make for cold items, beside predicting the mean, with the share of
-                noise in what is made: radar.png (its Figure 5), structure.png (its Figure 6); probes of FedMF's
-                uploads, with and without noise
+    utility     FedRKG under both of its mechanisms, by epsilon, and at its paper's sigma: utility.png (needs the extra
+                `privacy`)
     paper       the epsilon of FedRKG's reported setting (sensitivity 0.1, sigma 0.001), by steps
+    probes      what uploads tell of histories: FedMF's, with and without noise, and those of the workdirs
+    inversion   of the rows that the workdirs' methods make for cold items: their features guessed from leaked pairs,
+                beside the mean, from one draw of the rows and from the mean of --draws, as they are made anew in every
+                round, with the share of noise in what is made: radar.png (MDiffFR's Figure 5), structure.png (its
+                Figure 6)
 
-The round shown is that of the largest validation NDCG at the last cut-off of --k; on cold items that of the largest sum
-of validation recalls at all of them.
-Runs are workdirs in OUT; finished ones are not run again, so another setting needs another OUT. Everything is also
-written to OUT/privacy.md. All configurations are checked before the first run; bad ones are one line on standard error
-and exit code 2. A --cold setting goes to every method of the chosen parts that has it.
+Workdirs are those of single runs with a checkpoint, which inversion wants on a cold-item split; without any there is no
+inversion. Their newest checkpoint is attacked; all leak the same items. Other runs are made, as workdirs in OUT, and
+shown at the round with the largest validation NDCG at the last cut-off of --k; finished ones are not run again, so
+another setting needs another OUT. Everything is also written to OUT/privacy.md. All configurations are checked before
+the first run; bad ones are one line on standard error and exit code 2.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -34,54 +37,51 @@ from absl import app, flags, logging
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from fedjax_rec import compare, load_run, run
+from fedjax_rec import Run, compare, load_run, run
 from fedjax_rec.item_sources import catalogue_of
 from fedjax_rec.item_sources.cold import side_by_side
-from fedjax_rec.methods import METHODS
 from fedjax_rec.privacy import accounting, attacks, mechanisms
 from fedjax_rec.rounds import make_engine
-from fedjax_rec.validate import in_one_line, nearest, one_of, positive
+from fedjax_rec.validate import in_one_line, one_of, positive
+from fedjax_rec.workdir import read_config
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder that holds the data set folders.")
-flags.DEFINE_string("dataset", "synthetic", "Data set; the parts laplace and attacks need its item features.")
+flags.DEFINE_string("dataset", "synthetic", "Data set of the runs that are made here.")
 flags.DEFINE_string("out", "runs/privacy", "Folder of the workdirs, privacy.md and the plots.")
-flags.DEFINE_list("parts", ["utility", "laplace", "attacks", "paper"], "Which parts.")
+flags.DEFINE_list("parts", ["utility", "paper", "probes", "inversion"], "Which parts.")
 flags.DEFINE_integer("rounds", 200, "Rounds of every run.")
 flags.DEFINE_integer("eval_every", 20, "Rounds between evaluations.")
-flags.DEFINE_integer("seed", 0, "Seed of every run.")
+flags.DEFINE_integer("seed", 0, "Seed of every run, and of the attacks.")
 flags.DEFINE_list("k", ["10", "50"], "Cut-offs shown.")
 flags.DEFINE_multi_string("set", [], "utility: a setting of FedRKG, key=value.")
-flags.DEFINE_float("clip", 0.1, "utility: bound on the gradient of every step; attacks: bound on an upload.")
+flags.DEFINE_float("clip", 0.1, "utility: bound on the gradient of every step; probes: bound on an upload.")
 flags.DEFINE_list(
     "epsilon", ["1", "10", "100", "1e4", "1e6"], "utility: what the server may learn, by both mechanisms."
 )
-flags.DEFINE_list("intensity", ["0", "1", "10", "20", "30", "40", "50"], "laplace: scales of the noise.")
-flags.DEFINE_multi_string("cold", [], "laplace, attacks: a setting of MDiffFR and IFedRec, key=value.")
-flags.DEFINE_list("makers", ["mdifffr:paper", "mdifffr:proper", "ipfedrec"], "attacks: methods, with a preset.")
-flags.DEFINE_integer("attack_steps", 500, "attacks: steps of the attacker's network.")
-flags.DEFINE_integer("draws", 8, "attacks: noise draws behind the share of noise.")
-flags.DEFINE_integer("probed", 200, "attacks: users whose uploads are probed.")
-flags.DEFINE_list("upload_noise", ["0", "0.01", "0.1"], "attacks: noise on FedMF's uploads, in multiples of the clip.")
+flags.DEFINE_integer("attack_steps", 500, "inversion: steps of the attacker's network.")
+flags.DEFINE_integer("draws", 8, "inversion: noise draws behind the share of noise and the mean.")
+flags.DEFINE_integer("probed", 200, "probes: users whose uploads are probed.")
+flags.DEFINE_list("upload_noise", ["0", "0.01", "0.1"], "probes: noise on FedMF's uploads, in multiples of the clip.")
 
 
 # with the paper's beta and interval nothing is learned that noise could spoil
-LEARNS = {"guidance": "kg", "interval": 2, "beta": 0.3}
+LEARNS = {"guidance": "kg", "interval": 1, "beta": 0.05}
+PAPER_SIGMA = 1e-3
+ROUNDING = 1e-6
+"""A share of noise below this is none."""
 
 
 DRAWN = 20
 """Items of a structural difference map, as in MDiffFR's Figure 6."""
 
 
-MAKERS = ("mdifffr", "light_mdifffr", "ipfedrec", "ifedncf", "cs_fcf", "cs_fedncf")
-
-
-def assigned(flag: str) -> dict[str, str]:
-    """key=value flags as a dictionary."""
-    for pair in FLAGS[flag].value:
+def assigned() -> dict[str, str]:
+    """--set as a dictionary."""
+    for pair in FLAGS.set:
         if "=" not in pair:
-            raise ValueError(f"--{flag}={pair}: expected key=value")
-    return dict(pair.split("=", 1) for pair in FLAGS[flag].value)
+            raise ValueError(f"--set={pair}: expected key=value")
+    return dict(pair.split("=", 1) for pair in FLAGS.set)
 
 
 def numbers(flag: str, kind: type = float, *, zero_allowed: bool = False) -> list:
@@ -99,9 +99,8 @@ def numbers(flag: str, kind: type = float, *, zero_allowed: bool = False) -> lis
     return read
 
 
-def config(method: str, *, split: str = "leave_one_out", **changes) -> run.RunConfig:
+def config(method: str, **changes) -> run.RunConfig:
     ks = tuple(numbers("k", int))
-    recalls = "+".join(f"Recall@{k}" for k in ks)  # the protocol of cold items, as in their recipes
     return run.RunConfig(
         method=method,
         dataset=FLAGS.dataset,
@@ -109,9 +108,8 @@ def config(method: str, *, split: str = "leave_one_out", **changes) -> run.RunCo
         rounds=FLAGS.rounds,
         eval_every=FLAGS.eval_every,
         seed=FLAGS.seed,
-        split=split,
         ks=ks,
-        select_metric=recalls if split == "cold_items" else f"NDCG@{ks[-1]}",
+        select_metric=f"NDCG@{ks[-1]}",
         checkpoint_every=0,
         devices=1,
         max_buckets=2,
@@ -120,12 +118,12 @@ def config(method: str, *, split: str = "leave_one_out", **changes) -> run.RunCo
 
 
 @functools.cache
-def data_of(split: str) -> tuple:
-    return run.load_data(config("fedmf", split=split))
+def data() -> tuple:
+    return run.load_data(config("fedmf"))
 
 
 def prepared(chosen: run.RunConfig):
-    return run.prepare(chosen, data_of(chosen.split))
+    return run.prepare(chosen, data())
 
 
 def summary_of(name: str, chosen: run.RunConfig) -> dict:
@@ -135,7 +133,7 @@ def summary_of(name: str, chosen: run.RunConfig) -> dict:
     if not path.exists():
         print(name, flush=True)
     try:
-        run.train(chosen, folder, data=data_of(chosen.split))
+        run.train(chosen, folder, data=data())
     except FloatingPointError as error:
         print(f"{name}: {error}")
         return {}
@@ -168,8 +166,9 @@ def draw(path: Path, curves: dict[str, tuple[list, list]], levels: dict[str, flo
     plt.close(figure)
 
 
-def radar(path: Path, found: dict[str, dict[str, float]], control: dict[str, float]) -> None:
-    """A polygon of the attacks' measures for every maker and for the control, outward = closer to the true features.
+def radar(path: Path, found: dict[str, tuple[dict[str, float], dict[str, float]]]) -> None:
+    """A polygon of the attacks' measures for every maker, beside its control, and one for a control, outward = closer
+    to the true features.
 
     Errors (MSE, MAE, structure) are drawn at 1 - error / (2 * the control's), similarities (cosine, Pearson) at
     (1 + similarity) / 2, cut to [0, 1]: the rim is a full leak; the middle ring is the control's error, and no
@@ -181,8 +180,9 @@ def radar(path: Path, found: dict[str, dict[str, float]], control: dict[str, flo
     }  # fmt: skip
     figure, axis = plt.subplots(figsize=(6, 5.5), layout="constrained", subplot_kw={"projection": "polar"})
     angles = np.linspace(0, 2 * np.pi, len(labels), endpoint=False)
-    for maker, said in {**found, "predicting the mean": control}.items():
-        leak = [outward(measure, said[measure], control[measure]) for measure in labels]
+    control = next(iter(found.values()))[1]
+    for maker, (said, mean) in {**found, "predicting the mean": (control, control)}.items():
+        leak = [outward(measure, said[measure], mean[measure]) for measure in labels]
         style = "o-" if maker in found else "k--"
         (line,) = axis.plot([*angles, angles[0]], [*leak, leak[0]], style, label=maker)
         axis.fill(angles, leak, color=line.get_color(), alpha=0.1)
@@ -191,7 +191,7 @@ def radar(path: Path, found: dict[str, dict[str, float]], control: dict[str, flo
     axis.tick_params(axis="x", pad=14)
     axis.set(ylim=(0, 1))
     outwards = "outward: closer to the true features, less private (rim: a full leak)"
-    axis.set_title(f"Inversion on {FLAGS.dataset}\n{outwards}", fontsize="medium")
+    axis.set_title(f"Inversion of cold items' rows\n{outwards}", fontsize="medium")
     figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -220,7 +220,7 @@ def structural_maps(path: Path, maps: dict[str, np.ndarray], control: float) -> 
         axis.axis("off")
     figure.colorbar(drawn, ax=axes, label=f"predicting the mean: {control:.2f}")
     items = len(next(iter(maps.values())))
-    title = f"Structural differences, 0: a full leak; {items} unleaked items, {FLAGS.dataset}"
+    title = f"Structural differences, 0: a full leak; {items} unleaked items"
     figure.suptitle(title, fontsize="medium", wrap=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -229,7 +229,7 @@ def structural_maps(path: Path, maps: dict[str, np.ndarray], control: float) -> 
 @functools.cache
 def fedrkg_runs() -> dict[str, run.RunConfig]:
     """FedRKG without noise, and with that of every mechanism and epsilon."""
-    settings = {**LEARNS, **assigned("set"), "clip_norm": FLAGS.clip}
+    settings = {**LEARNS, **assigned(), "clip_norm": FLAGS.clip}
     runs = {"fedrkg": config("fedrkg", settings=settings)}
     for mechanism in ("step", "upload"):
         releases = accounting.plans(_with_noise(mechanism, settings), FLAGS.rounds)[mechanism].releases
@@ -239,6 +239,7 @@ def fedrkg_runs() -> dict[str, run.RunConfig]:
             if mechanism == "upload":
                 chosen = config("fedrkg", settings=settings, dp_mechanism="gaussian", dp_noise=noise)
             runs[f"fedrkg_{mechanism}_{target:g}"] = chosen
+    runs["fedrkg_step_paper"] = config("fedrkg", settings={**settings, "step_noise": PAPER_SIGMA})
     return runs
 
 
@@ -252,22 +253,24 @@ def utility() -> str:
     rows = [["none (clipped)", "0", "none", "none", *cells(plain["test"]), str(plain["best_round"])]]
     curves: dict[str, tuple[list, list]] = {}
     delta = runs["fedrkg"].dp_delta
-    for mechanism in ("step", "upload"):
-        for target in numbers("epsilon"):
-            name = f"fedrkg_{mechanism}_{target:g}"
-            said = summary_of(name, runs[name])
-            noise = runs[name].dp_noise or runs[name].settings["step_noise"]
-            if not said:
-                rows.append([mechanism, f"{noise:.3g}", "", "", *["diverged"] * len(names()), ""])
-                continue
-            values = said["privacy"]["mechanisms"][mechanism]["epsilon_of_values"]["server"]
-            whole = said["privacy"]["epsilon"]
-            selected = str(said["best_round"])
-            rows.append([mechanism, f"{noise:.3g}", shown(whole), shown(values), *cells(said["test"]), selected])
-            if values:
-                x, y = curves.setdefault(mechanism, ([], []))
-                x.append(values)
-                y.append(said["test"][names()[-1]])
+    for name, chosen in runs.items():
+        if chosen is runs["fedrkg"]:
+            continue
+        said, mechanism = summary_of(name, chosen), name.split("_")[1]
+        noise = chosen.dp_noise or chosen.settings["step_noise"]
+        called = f"{mechanism}, the paper's sigma" if name.endswith("paper") else mechanism
+        if not said:
+            rows.append([called, f"{noise:.3g}", "", "", *["diverged"] * len(names()), ""])
+            continue
+        values = said["privacy"]["mechanisms"][mechanism]["epsilon_of_values"]["server"]
+        whole = said["privacy"]["epsilon"]
+        rows.append(
+            [called, f"{noise:.3g}", shown(whole), shown(values), *cells(said["test"]), str(said["best_round"])]
+        )
+        if values and called == mechanism:
+            x, y = curves.setdefault(mechanism, ([], []))
+            x.append(values)
+            y.append(said["test"][names()[-1]])
     for name in ("popularity", "random"):
         rows.append([f"*{name}*", "", "", "", *cells(rankers[name]["test"]), ""])
     level = lambda part: part["test"][names()[-1]]
@@ -285,57 +288,6 @@ def _with_noise(mechanism: str, settings: dict):
     return prepared(config("fedrkg", settings=settings, dp_mechanism="gaussian", dp_noise=1.0))
 
 
-def cold_settings(makers: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Of every maker (a method, with a preset behind a colon) the --cold settings that it has.
-
-    Raises:
-        ValueError: for an unknown maker, and for a setting that none of them has.
-    """
-    given, settings, known = assigned("cold"), {}, {}
-    for maker in makers:
-        name, _, preset = maker.partition(":")
-        one_of("--makers", name, MAKERS)
-        known[maker] = {field.name for field in dataclasses.fields(METHODS[name].config)}
-        own = {"preset": preset} if preset else {}
-        settings[maker] = {**{k: v for k, v in given.items() if k in known[maker]}, **own}
-    anywhere = sorted(set().union(*known.values()))
-    for name in given:
-        if name not in anywhere:
-            raise ValueError(
-                f"--cold={name}: {', '.join(known)} have no such setting{nearest(name, anywhere)}; expected one of "
-                f"{', '.join(anywhere)}"
-            )
-    return settings
-
-
-def chosen_makers() -> list[str]:
-    """The methods that --cold is for: those of the chosen parts."""
-    if "attacks" in FLAGS.parts and not FLAGS.makers:
-        raise ValueError(f"--makers=: expected one or more of {', '.join(MAKERS)}")
-    attacked = FLAGS.makers if "attacks" in FLAGS.parts else []
-    return [*dict.fromkeys([*(["mdifffr"] if "laplace" in FLAGS.parts else []), *attacked])]
-
-
-def laplace_runs() -> dict[str, run.RunConfig]:
-    """MDiffFR with every intensity of noise."""
-    numbers("intensity", zero_allowed=True)
-    settings, runs = cold_settings(chosen_makers())["mdifffr"], {}
-    for intensity in FLAGS.intensity:
-        noise = {"dp_mechanism": "laplace", "dp_noise": float(intensity)} if float(intensity) else {}
-        runs[f"mdifffr_laplace_{intensity}"] = config("mdifffr", split="cold_items", settings=settings, **noise)
-    return runs
-
-
-def maker_runs() -> dict[str, run.RunConfig]:
-    """The methods whose rows are attacked."""
-    settings = cold_settings(chosen_makers())
-    name = lambda maker: maker.partition(":")[0]
-    return {
-        maker.replace(":", "_"): config(name(maker), split="cold_items", settings=settings[maker])
-        for maker in FLAGS.makers
-    }
-
-
 def fedmf_runs() -> dict[str, run.RunConfig]:
     """FedMF with every noise on its uploads."""
     runs = {}
@@ -345,82 +297,74 @@ def fedmf_runs() -> dict[str, run.RunConfig]:
     return runs
 
 
-def laplace() -> str:
-    """MDiffFR's Table 5."""
-    rows, x, y, rankers = [], [], [], {}
-    for intensity, (name, chosen) in zip(FLAGS.intensity, laplace_runs().items(), strict=True):
-        said = summary_of(name, chosen)
-        if not said:
-            rows.append([intensity, *["diverged"] * len(names()), ""])
-            continue
-        rows.append([intensity, *cells(said["test"]), str(said["best_round"])])
-        x.append(float(intensity))
-        y.append(said["test"][names()[-1]])
-        rankers = said["reference_rankers"]
-    known = [name for name in ("content_profile", "random") if name in rankers]
-    rows += [[f"*{name}*", *cells(rankers[name]["test"]), ""] for name in known]
-    levels = {name: rankers[name]["test"][names()[-1]] for name in known}
-    draw(Path(FLAGS.out) / "laplace.png", {"mdifffr": (x, y)}, levels, "intensity of the noise on uploads", "linear")
-    title = f"MDiffFR on cold items of {FLAGS.dataset}, Laplace noise on uploads (not clipped, so no epsilon)"
-    return compare.markdown(f"**{title}**", ["intensity", *names(), "round"], rows)
+def attacked(workdir: str) -> Run:
+    """A run whose model is attacked."""
+    return load_run(workdir, data_dir=FLAGS.data_dir)
 
 
-def inversions() -> str:
+def inversion(workdirs: list[str]) -> str:
     """Features of cold items from the rows that the server sends."""
-    rows, attacked, maps, control = [], {}, {}, {}
+    if not workdirs:
+        return ""
+    rows, found_by, maps = [], {}, {}
     measures = ("MSE", "MAE", "cosine", "Pearson", "structure")
-    for maker, (name, chosen) in zip(FLAGS.makers, maker_runs().items(), strict=True):
-        if not summary_of(name, chosen):
-            rows.append([maker, "diverged", *[""] * (len(measures) + 1)])
-            continue
-        held = load_run(Path(FLAGS.out) / name, data_dir=FLAGS.data_dir)
+    key = jax.random.key(FLAGS.seed)  # one for all: the same items leak
+    for workdir in workdirs:
+        held, name = attacked(workdir), compare.label(Path(workdir))
         ready = held.experiment
         warm = np.asarray(ready.split.candidates["train"], bool)
         cold = np.flatnonzero(~warm)
-        features = side_by_side(catalogue_of(ready.features, warm), name)[cold]
+        features = jax.numpy.asarray(side_by_side(catalogue_of(ready.features, warm), name)[cold])
         made = attacks.generated(ready.method, ready.key, held.state.server, cold, FLAGS.draws)
-        found = attacks.inversion(ready.key, made[0], jax.numpy.asarray(features), steps=FLAGS.attack_steps)
-        share = f"{attacks.noise_share(made):.3f}"
-        rows += [[maker, by, *(f"{one[m]:.4f}" for m in measures), share] for by, one in found.measures.items()]
-        attacked[maker] = found.measures["attack"]
-        control = found.measures["mean"]  # the same for all: one seed leaks the same features
-        maps[maker] = np.asarray(attacks.structural_difference(found.true[:DRAWN], found.guess["attack"][:DRAWN]))
-    if attacked:
-        radar(Path(FLAGS.out) / "radar.png", attacked, control)
-        structural_maps(Path(FLAGS.out) / "structure.png", maps, control["structure"])
-    title = f"Inversion of cold items' rows on {FLAGS.dataset}, 20 % of the pairs leaked"
-    return compare.markdown(f"**{title}**", ["rows of", "guess", *measures, "share of noise"], rows)
+        share = attacks.noise_share(made)
+        seen = {"one": made[0]} | ({f"mean of {FLAGS.draws}": made.mean(0)} if share > ROUNDING else {})
+        for draws, of in seen.items():
+            found = attacks.inversion(key, of, features, steps=FLAGS.attack_steps)
+            for by, one in found.measures.items():
+                called = f"**{by}**" if by == found.attack else by
+                rows.append([name, draws, called, *(f"{one[m]:.4f}" for m in measures), f"{share:.4f}"])
+        # the last is what a client that waits has
+        found_by[name] = found.measures[found.attack], found.measures["mean"]
+        maps[name] = np.asarray(attacks.structural_difference(found.true[:DRAWN], found.guess[found.attack][:DRAWN]))
+    radar(Path(FLAGS.out) / "radar.png", found_by)
+    structural_maps(Path(FLAGS.out) / "structure.png", maps, next(iter(found_by.values()))[1]["structure"])
+    title = "Inversion of cold items' rows, 20 % of the pairs leaked (bold: the attack, by leaked pairs held back)"
+    return compare.markdown(f"**{title}**", ["rows of", "draws", "guess", *measures, "share of noise"], rows)
 
 
-def probes() -> str:
-    """FedMF's uploads of the round after the last, with and without noise."""
+def probes(workdirs: list[str]) -> str:
+    """Uploads of the round after the last: FedMF's, with and without noise, and those of the workdirs."""
     rows = []
     measures = ("reconstruction", "found", "norm", "popularity", "membership")
     for name, chosen in fedmf_runs().items():
-        noise = chosen.dp_noise
-        said = summary_of(name, chosen)
-        if not said:
-            rows.append([f"{noise:g}", "", *["diverged"] * (len(measures) + len(names()))])
-            continue
-        held = load_run(Path(FLAGS.out) / name, data_dir=FLAGS.data_dir)
-        ready, engine = held.experiment, held.experiment.engine
-        if noise:  # the run drew its noise for all at once; the server sees every client's own
-            plain = run.prepare(
-                dataclasses.replace(ready.config, dp_mechanism="none", dp_clip=0.0, dp_noise=0.0),
-                (ready.interactions, ready.split, ready.features),
-            )
-            seen = mechanisms.private(plain.method, ready.config.mechanism, ready.split.num_users, per_client=True)
-            engine = make_engine(seen, plain.engine.clients)
-        pairs, items = ready.split.train, ready.split.num_items
-        users = np.unique(pairs.user)[: FLAGS.probed]
-        history = np.zeros((ready.split.num_users, items), bool)
-        history[pairs.user, pairs.item] = True
-        sent = attacks.uploads(engine, ready.key, held.state, held.round, users)
-        found = attacks.probes(jax.numpy.asarray(sent), jax.numpy.asarray(history[users]))
-        whole = shown(said["privacy"]["epsilon"]) if noise else "none"
-        rows.append([f"{noise:g}", whole, *(f"{float(found[m]):.3f}" for m in measures), *cells(said["test"])])
-    title = f"Probes of FedMF's uploads on {FLAGS.dataset} (AUC; `found`: share of the history among as many guesses)"
-    return compare.markdown(f"**{title}**", ["noise", "epsilon", *measures, *names()], rows)
+        if summary_of(name, chosen):
+            rows.append([name, *probed(attacked(Path(FLAGS.out) / name), measures)])
+        else:
+            rows.append([name, f"{chosen.dp_noise:g}", "", *["diverged"] * len(measures)])
+    for workdir in workdirs:
+        rows.append([compare.label(Path(workdir)), *probed(attacked(workdir), measures)])
+    title = "Probes of uploads of item tables (AUC; `found`: share of the history among as many guesses)"
+    return compare.markdown(f"**{title}**", ["uploads of", "noise", "epsilon", *measures], rows)
+
+
+def probed(held: Run, measures: Sequence[str]) -> list[str]:
+    """What the uploads of a run tell."""
+    ready, engine, noise = held.experiment, held.experiment.engine, held.config.dp_noise
+    if ready.config.mechanism is not None:  # the run drew its noise for all at once; the server sees every client's own
+        plain = run.prepare(
+            dataclasses.replace(ready.config, dp_mechanism="none", dp_clip=0.0, dp_noise=0.0, dp_rows="all"),
+            (ready.interactions, ready.split, ready.features),
+        )
+        seen = mechanisms.private(plain.method, ready.config.mechanism, ready.split.num_users, per_client=True)
+        engine = make_engine(seen, plain.engine.clients)
+    pairs, items = ready.split.train, ready.split.num_items
+    users = np.unique(pairs.user)[: FLAGS.probed]
+    history = np.zeros((ready.split.num_users, items), bool)
+    history[pairs.user, pairs.item] = True
+    sent = attacks.uploads(engine, ready.key, held.state, held.round, users)
+    found = attacks.probes(*map(jax.numpy.asarray, (sent, history[users], history.sum(0))))
+    whole = shown(held.summary["privacy"]["epsilon"]) if noise and held.summary else "none"
+    return [f"{noise:g}", whole, *(f"{float(found[m]):.3f}" for m in measures)]
 
 
 def paper() -> str:
@@ -436,39 +380,43 @@ def paper() -> str:
 
 
 PARTS = {
-    "utility": ((fedrkg_runs,), (utility,)),
-    "laplace": ((laplace_runs,), (laplace,)),
-    "attacks": ((maker_runs, fedmf_runs), (inversions, probes)),
-    "paper": ((), (paper,)),
+    "utility": (fedrkg_runs, lambda _: utility()),
+    "paper": (dict, lambda _: paper()),
+    "probes": (fedmf_runs, probes),
+    "inversion": (dict, inversion),
 }
-"""What a part runs, and its tables."""
+"""The runs that a part makes, and its table of the given workdirs."""
 
 
-def check() -> None:
-    """Builds every run of the chosen parts, so that none is refused after hours of others."""
+def check(workdirs: list[str]) -> None:
+    """Builds every run of the chosen parts and looks for the workdirs, so that none is refused after hours of
+    others."""
     for part in FLAGS.parts:
         one_of("--parts", part, PARTS)
+    if "inversion" in FLAGS.parts and FLAGS["parts"].present and not workdirs:
+        raise ValueError("--parts=inversion: expected workdirs of runs on cold items as arguments")
     for name in ("attack_steps", "draws", "probed", "clip"):
         positive(f"--{name}", FLAGS[name].value)
     if FLAGS.draws < 2:
         raise ValueError(f"--draws={FLAGS.draws}: expected 2 or more, as noise is what differs between draws")
+    for workdir in workdirs:
+        split = read_config(Path(workdir))["split"]
+        if "inversion" in FLAGS.parts and split != "cold_items":
+            raise ValueError(f"{workdir}: split={split}; inversion attacks the rows of runs with --split=cold_items")
     for part in FLAGS.parts:
-        for runs in PARTS[part][0]:
-            for name, chosen in runs().items():
-                try:
-                    accounting.check(prepared(chosen))
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
+        for name, chosen in PARTS[part][0]().items():
+            try:
+                accounting.check(prepared(chosen))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
 
 
-def tables(arguments: list[str]) -> str:
+def tables(workdirs: list[str]) -> str:
     """The chosen parts as Markdown, also in OUT/privacy.md."""
-    if arguments:
-        raise ValueError(f"{arguments[0]!r}: expected flags only")
-    check()
+    check(workdirs)
     out = Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
-    said = "\n".join(table() for part in FLAGS.parts for table in PARTS[part][1])
+    said = "\n".join(filter(None, (PARTS[part][1](workdirs) for part in FLAGS.parts)))
     (out / "privacy.md").write_text(said)
     return said
 

@@ -601,7 +601,8 @@ def test_probes_find_the_history_in_plain_uploads_and_not_under_noise():
         assert sent.shape == (len(users), ITEMS, 4)
         if not noise:
             np.testing.assert_allclose(np.linalg.norm(sent.reshape(len(users), -1), axis=1), 0.001, rtol=1e-4)
-        found[noise] = {n: float(v) for n, v in attacks.probes(jnp.asarray(sent), jnp.asarray(history[users])).items()}
+        probed = attacks.probes(*map(jnp.asarray, (sent, history[users], history.sum(0))))
+        found[noise] = {n: float(v) for n, v in probed.items()}
     assert found[0.0]["reconstruction"] > 0.95 and found[0.0]["membership"] > 0.95 and found[0.0]["found"] > 0.8
     assert found[0.0]["reconstruction"] > found[0.0]["popularity"] + 0.1
     # means over 23 users of AUCs whose standard error is about 0.11
@@ -611,10 +612,14 @@ def test_probes_find_the_history_in_plain_uploads_and_not_under_noise():
 def test_the_script_writes_its_tables_and_plots(tmp_path):
     pytest.importorskip("dp_accounting")
     root = Path(__file__).resolve().parents[1]
+    cold = dict(split="cold_items", rounds=2, eval_every=2, ks=(10,), devices=1)
+    makers = {"ipfedrec": {"condition_dim": 8}, "mdifffr": {"condition_dim": 8, "preset": "released", "dim": 4}}
+    for name, settings in makers.items():
+        run.train(run.RunConfig(method=name, settings=settings, **cold), tmp_path / name)
     command = [
         sys.executable, "experiments/privacy.py", f"--out={tmp_path}", "--rounds=2", "--eval_every=2", "--k=10",
-        "--epsilon=1e5", "--intensity=10", "--makers=ipfedrec", "--upload_noise=1", "--draws=3", "--attack_steps=50",
-        "--probed=30", "--cold=condition_dim=8", "--set=dim=4", "--set=interval=1",
+        "--epsilon=1e5", "--upload_noise=1", "--draws=3", "--attack_steps=50", "--probed=30", "--set=dim=4",
+        *(str(tmp_path / name) for name in makers),
     ]  # fmt: skip
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=quick.ENVIRONMENT)
     assert done.returncode == 0, done.stderr
@@ -622,14 +627,19 @@ def test_the_script_writes_its_tables_and_plots(tmp_path):
     assert written in done.stdout
     rows = {tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in written.splitlines() if "|" in line}
     firsts = {row[0] for row in rows}
-    assert {"step", "upload", "none (clipped)", "10", "ipfedrec", "1000"} <= firsts
+    assert {"step", "step, the paper's sigma", "upload", "none (clipped)", "fedmf_1", "1000", *makers} <= firsts
     assert {row[2] for row in rows if row[0] in ("step", "upload")} == {"1e+05"}
-    (made,) = {row[-1] for row in rows if row[0] == "ipfedrec"}
-    assert float(made) == 0.0  # a map of features has no noise
     (head,) = (row for row in rows if row[0] == "rows of")
-    assert head[2:-1] == ("MSE", "MAE", "cosine", "Pearson", "structure")
-    assert {row[1] for row in rows if row[0] == "ipfedrec"} == {"attack", "mean"}
-    assert all(np.isfinite(float(cell)) for row in rows if row[0] == "ipfedrec" for cell in row[2:])
+    assert head[3:-1] == ("MSE", "MAE", "cosine", "Pearson", "structure")
+    inverted = {name: [row for row in rows if row[0] == name and len(row) == len(head)] for name in makers}
+    assert {float(row[-1]) for row in inverted["ipfedrec"]} == {0.0}  # a map of features has no noise
+    assert {row[1] for row in inverted["ipfedrec"]} == {"one"}
+    assert {row[1] for row in inverted["mdifffr"]} == {"one", "mean of 3"}
+    assert all({"network", "ridge", "mean"} == {row[2].strip("*") for row in of} for of in inverted.values())
+    assert sum("*" in row[2] for of in inverted.values() for row in of) == 3  # one attack of each rows
+    assert all(np.isfinite(float(cell)) for of in inverted.values() for row in of for cell in row[3:])
+    probed = [row for row in rows if row[0] in {"fedmf_1", *makers} and len(row) < len(head)]
+    assert len(probed) == 3 and all(0 <= float(cell) <= 1 for row in probed for cell in row[3:])
     plots = {path.name: path.stat().st_size for path in tmp_path.glob("*.png")}
-    assert set(plots) == {"utility.png", "laplace.png", "radar.png", "structure.png"}
+    assert set(plots) == {"utility.png", "radar.png", "structure.png"}
     assert min(plots.values()) > 10_000, plots

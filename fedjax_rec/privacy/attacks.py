@@ -281,11 +281,18 @@ def on_main_axis(upload: Float[Array, "items width"]) -> Float[Array, "items"]:
 
 
 @jax.jit
-def probes(sent: Float[Array, "users items width"], history: Bool[Array, "users items"]) -> dict[str, Float[Array, ""]]:
-    """AUCs of the attacks on uploads, as means over users; see the module docstring."""
+def probes(
+    sent: Float[Array, "users items width"], history: Bool[Array, "users items"], users_of: Int[Array, "items"]
+) -> dict[str, Float[Array, ""]]:
+    """AUCs of the attacks on uploads, as means over users; see the module docstring.
+
+    Args:
+        sent, history: uploads of some users, and what they have.
+        users_of: how many users in all have each item.
+    """
     place = jax.vmap(on_main_axis)(sent)
     size = jnp.linalg.norm(sent, axis=2)
-    popular = history.sum(0) - history.astype(jnp.float32)  # among the others
+    popular = users_of - history.astype(jnp.float32)  # among the others
     found = jax.vmap(lambda s, h: (jnp.argsort(-s).argsort() < h.sum()) @ h / jnp.maximum(h.sum(), 1))(
         place, history.astype(jnp.float32)
     )
