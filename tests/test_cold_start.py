@@ -87,6 +87,30 @@ def test_cold_rows_learn(case):
     assert np.abs(before - after).max(1).min() > 0
 
 
+@pytest.mark.parametrize("case", [*CASES, "fedvlr"])
+def test_who_has_the_cold_items_changes_nothing_in_training(case):
+    """Every bit of the model is as it is where other users have the cold items."""
+    one = split()
+
+    def dealt(pairs):
+        user = (pairs.user + 1) % USERS
+        order = np.lexsort((pairs.item, user))
+        return splits.Pairs(user[order], pairs.item[order])
+
+    other = dataclasses.replace(one, valid=dealt(one.valid), test=dealt(one.test))
+    settings = {**SMALL, **CASES.get(case, {})}
+    method = methods.build(case, USERS, ITEMS, Catalogue({"text": features()}, one.candidates["train"]), **settings)
+    trained = []
+    for held in (one, other):
+        engine = make_engine(method, clients.build(held, max_buckets=1))
+        state = engine.init(KEY)
+        for round_ in range(2):
+            state, _ = engine.round(KEY, state, round_)
+        trained.append(jax.tree.leaves(jax.tree.map(np.asarray, (state.server, state.clients, state.mail))))
+    for mine, theirs in zip(*trained, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
 @pytest.mark.parametrize("backbone", ["fcf", "fedavg", "fedrap"])
 def test_warm_items_are_trained_as_by_the_backbone(backbone):
     settings = {**SMALL, "lr": 3.0, "item_lr_scale": 0.5, "init_std": 0.1}
