@@ -243,6 +243,9 @@ ALONE = {
     "mf": draw_central,
     "neumf": draw_central,
     "vbpr": functools.partial(draw_pairwise, l2=between(1e-6, 1e-2)),
+    "two_tower": functools.partial(
+        draw_pairwise, l2=between(1e-7, 1e-3), temperature=any_of(0.05, 0.1, 0.2), dropout=any_of(0.1, 0.3, 0.5)
+    ),
     "bm3": functools.partial(
         draw_pairwise,
         l2=between(1e-6, 1e-2),

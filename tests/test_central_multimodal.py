@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from fedjax_rec import methods, rounds
-from fedjax_rec.central import bm3, content, mgcn, pairwise, pgl, vbpr
+from fedjax_rec.central import bm3, content, mgcn, pairwise, pgl, two_tower, vbpr
 from fedjax_rec.data import clients, splits, synthetic
 from fedjax_rec.item_sources import Catalogue
 
-NAMES = ("vbpr", "bm3", "mgcn", "pgl")
-MODULES = {"vbpr": vbpr, "bm3": bm3, "mgcn": mgcn, "pgl": pgl}
+NAMES = ("vbpr", "two_tower", "bm3", "mgcn", "pgl")
+MODULES = {"vbpr": vbpr, "two_tower": two_tower, "bm3": bm3, "mgcn": mgcn, "pgl": pgl}
 GRAPHS = ("bm3", "mgcn", "pgl")
 USERS, ITEMS, DIM = 7, 11, 3
 KEY = jax.random.key(0)
@@ -226,9 +226,22 @@ def slow_pgl(config, params, features):
     return users, items, loss
 
 
-SLOW = {"vbpr": slow_vbpr, "bm3": slow_bm3, "mgcn": slow_mgcn, "pgl": slow_pgl}
+def slow_two_tower(config, params, features):
+    rows = np.array([np.r_[*(features[m][i] for m in sorted(features))] for i in range(ITEMS)])
+    items = linear(params["second"], np.maximum(linear(params["first"], rows), 0))
+    items, users = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (items, params["user"]))
+    loss = config.l2 * sum((params[layer]["kernel"] ** 2).sum() for layer in ("first", "second"))
+    for u, i, _ in REAL:
+        others = [k for v, k, _ in REAL if v != u and k != i]
+        logits = np.array([users[u] @ items[k] / config.temperature for k in (i, *others)])
+        loss -= (logits[0] - np.log(np.exp(logits).sum())) / len(REAL)
+    return users, items, loss
+
+
+SLOW = {"two_tower": slow_two_tower, "vbpr": slow_vbpr, "bm3": slow_bm3, "mgcn": slow_mgcn, "pgl": slow_pgl}
 SETTINGS = {
     "vbpr": {"l2": 0.01},
+    "two_tower": {"l2": 0.01, "hidden": 6, "dropout": 0.0},
     "bm3": {"layers": 2, "dropout": 0.0, "content_weight": 1.5, "l2": 0.01},
     "mgcn": {"neighbours": 4, "contrast_weight": 0.3, "l2": 0.01},
     "pgl": {"neighbours": 4, "item_layers": 2, "contrast_weight": 0.5, "dropout": 0.0},
@@ -383,7 +396,7 @@ def test_the_released_global_sub_graph_is_that_of_the_square_matrix():
 def test_nothing_is_nan_for_those_without_interactions(name):
     """The last user and item have none, item 4 no features."""
     everywhere = triples()._replace(user=jnp.full(6, USERS - 1), positive=jnp.asarray([ITEMS - 1, 4, 4, 0, 1, 2]))
-    _, model, params = built(name, train_features=True) if name != "vbpr" else built(name)
+    _, model, params = built(name, **({"train_features": True} if name in GRAPHS else {}))
     everything = jax.jit(
         lambda p, g, b: (jax.value_and_grad(model.loss)(p, model.frozen, g, b, KEY), model.vectors(p, model.frozen, g))
     )
@@ -405,7 +418,7 @@ def test_items_that_training_may_not_touch(name):
     config, model, params = built(name, warm=warm, **settings)
     vectors = lambda params, model=model: on_host(model.vectors(params, model.frozen, made_with))
     users, items = vectors(params)
-    if name != "pgl":
+    if "item" in params:
         other = {**params, "item": params["item"] + jnp.where(warm, 0.0, 1.0)[:, None]}
         close(vectors(other), (users, items), 0)
         slope = np.asarray(jax.grad(model.loss)(params, model.frozen, made_with, batch, KEY)["item"])
@@ -570,7 +583,7 @@ def test_buckets_and_devices_change_nothing(name):
     close(*results, 1e-4)
 
 
-@pytest.mark.parametrize(("name", "epochs"), [("vbpr", 12), ("bm3", 50), ("mgcn", 12), ("pgl", 12)])
+@pytest.mark.parametrize(("name", "epochs"), [("vbpr", 12), ("two_tower", 30), ("bm3", 50), ("mgcn", 12), ("pgl", 12)])
 def test_it_beats_popularity_where_tastes_are_planted(name, epochs):
     made = synthetic.make(200, 100)
     split = splits.leave_one_out(made.interactions)

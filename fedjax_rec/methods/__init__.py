@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedjax_rec.central import aldi, bm3, diffrec, ease, gar, heater, mgcn, pgl, pointwise, vbpr
+from fedjax_rec.central import aldi, bm3, diffrec, ease, gar, heater, mgcn, pgl, pointwise, two_tower, vbpr
 from fedjax_rec.item_sources import Catalogue
 from fedjax_rec.method import Method
 from fedjax_rec.methods import (
@@ -62,6 +62,7 @@ METHODS: dict[str, Entry] = {
     "neumf": Entry(pointwise.neumf, pointwise.NeuMFConfig(), central=True),
     "ease": Entry(ease.ease, ease.Config(), central=True, everybody=True),
     "vbpr": Entry(vbpr.vbpr, vbpr.Config(), reads_items=True, central=True),
+    "two_tower": Entry(two_tower.two_tower, two_tower.Config(), reads_items=True, central=True),
     "bm3": Entry(bm3.bm3, bm3.Config(), reads_items=True, central=True, everybody=True),
     "mgcn": Entry(mgcn.mgcn, mgcn.Config(), reads_items=True, central=True, everybody=True),
     "pgl": Entry(pgl.pgl, pgl.Config(), reads_items=True, central=True, everybody=True),
