@@ -349,7 +349,7 @@ def probes(workdirs: list[str]) -> str:
 
 def probed(held: Run, measures: Sequence[str]) -> list[str]:
     """What the uploads of a run tell."""
-    ready, engine, noise = held.experiment, held.experiment.engine, held.config.dp_noise
+    ready, engine = held.experiment, held.experiment.engine
     if ready.config.mechanism is not None:  # the run drew its noise for all at once; the server sees every client's own
         plain = run.prepare(
             dataclasses.replace(ready.config, dp_mechanism="none", dp_clip=0.0, dp_noise=0.0, dp_rows="all"),
@@ -362,7 +362,10 @@ def probed(held: Run, measures: Sequence[str]) -> list[str]:
     history = np.zeros((ready.split.num_users, items), bool)
     history[pairs.user, pairs.item] = True
     sent = attacks.uploads(engine, ready.key, held.state, held.round, users)
-    found = attacks.probes(*map(jax.numpy.asarray, (sent, history[users], history.sum(0))))
+    # cold items, which nobody can have in training, would be told apart for free
+    warm = np.flatnonzero((ready.split.candidates or {}).get("train", np.ones(items, bool)))
+    found = attacks.probes(*map(jax.numpy.asarray, (sent[:, warm], history[users][:, warm], history[:, warm].sum(0))))
+    noise = held.config.dp_noise or getattr(ready.method.config, "step_noise", 0.0)
     whole = shown(held.summary["privacy"]["epsilon"]) if noise and held.summary else "none"
     return [f"{noise:g}", whole, *(f"{float(found[m]):.3f}" for m in measures)]
 
@@ -399,6 +402,9 @@ def check(workdirs: list[str]) -> None:
         positive(f"--{name}", FLAGS[name].value)
     if FLAGS.draws < 2:
         raise ValueError(f"--draws={FLAGS.draws}: expected 2 or more, as noise is what differs between draws")
+    names = [compare.label(Path(workdir)) for workdir in workdirs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"workdirs {', '.join(names)}: expected different names, which the rows have")
     for workdir in workdirs:
         split = read_config(Path(workdir))["split"]
         if "inversion" in FLAGS.parts and split != "cold_items":
@@ -416,9 +422,11 @@ def tables(workdirs: list[str]) -> str:
     check(workdirs)
     out = Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
-    said = "\n".join(filter(None, (PARTS[part][1](workdirs) for part in FLAGS.parts)))
-    (out / "privacy.md").write_text(said)
-    return said
+    said = []
+    for part in FLAGS.parts:
+        said += filter(None, [PARTS[part][1](workdirs)])
+        (out / "privacy.md").write_text("\n".join(said))  # what a later part breaks off is not lost
+    return "\n".join(said)
 
 
 def main(argv) -> int:

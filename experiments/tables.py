@@ -34,7 +34,7 @@ from absl import app, flags
 
 from fedjax_rec import compare, metrics
 from fedjax_rec.compare import Runs
-from fedjax_rec.experiment import RunConfig, default_selection
+from fedjax_rec.experiment import CUT_OFFS, RunConfig, default_selection
 from fedjax_rec.validate import in_one_line, nearest
 from fedjax_rec.workdir import UsageError, read_json, write_json
 
@@ -112,9 +112,12 @@ def cut_offs(flagfile: Path) -> list[str]:
     if not FLAGS.k:
         return []
     said = DEFAULTS | given_flags(flagfile)
-    selected = said.get("select_metric") or default_selection(said["split"], FLAGS.k)
+    own = said["k"].split(",") if "k" in said else CUT_OFFS.get(said["split"], ())
+    selected = said.get("select_metric") or default_selection(said["split"], own)
     every = {*map(int, FLAGS.k), *map(int, re.findall(r"@(\d+)", selected))}
-    return [f"--k={','.join(map(str, sorted(every)))}"]
+    # cut-offs that are shown do not select
+    named = [f"--select_metric={selected}"] if said["split"] in CUT_OFFS and "select_metric" not in said else []
+    return [f"--k={','.join(map(str, sorted(every)))}", *named]
 
 
 def run_seeds(flagfile: Path, home: Path) -> bool:
@@ -256,7 +259,8 @@ def verdict(runs: dict[str, Runs], claim: str, metric: str) -> str:
     sides = _paired(runs, better, worse, metric)
     _, low, high = metrics.paired_difference(*sides)
     holds = "true" if low > 0 else "false" if high < 0 else "open"
-    return f"* {better} beats {worse}, {metric}: **{holds}** ({compare.paired(*sides)})"
+    alone = "; one seed, so for other clients alone" if min(map(len, sides)) == 1 else ""
+    return f"* {better} beats {worse}, {metric}: **{holds}** ({compare.paired(*sides)}{alone})"
 
 
 def tables(flagfiles: Sequence[Path]) -> None:

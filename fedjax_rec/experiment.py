@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import numbers
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ class RunConfig:
         clients_per_round: a whole number, a share (1.0 is everybody, and becomes 0), or 0 for everybody.
         eval_every: rounds between evaluations; the last round is always evaluated.
         eval_clients: evaluate only so many clients (drawn once, whatever the seed), 0 for all.
-        ks: cut-offs of the metrics; None: 10 and 50, on cold items 20, 50 and 100.
+        ks: cut-offs of the metrics; None: 10 and 50, on cold items 20, 50 and 100, and those of select_metric.
         ndcg: correct, or released to have NDCG_released@k beside it (see metrics.per_client).
         select_metric: the validation metric that selects the round; names joined by `+` select by their sum. None:
             NDCG@10, on cold items the sum of the recalls at `ks` (the protocol of IFedRec and MDiffFR).
@@ -114,7 +115,8 @@ class RunConfig:
         one_of("ranking", self.ranking, ("full", "sampled_99"))
         one_of("ndcg", self.ndcg, metrics.NDCGS)
         if self.ks is None:
-            object.__setattr__(self, "ks", CUT_OFFS.get(self.split, (10, 50)))
+            named = map(int, re.findall(r"@(\d+)", self.select_metric or ""))
+            object.__setattr__(self, "ks", tuple(sorted({*CUT_OFFS.get(self.split, (10, 50)), *named})))
         if isinstance(self.ks, int | str) or not len(self.ks):
             raise ValueError(f"ks={self.ks!r}: expected one cut-off or more, like (10, 50); --k=10,50")
         for name in ("rounds", "seed", "split_seed", "eval_every", "eval_clients", "patience", "checkpoint_every"):

@@ -171,10 +171,13 @@ def _about(config: RunConfig, interactions: Interactions, split: Split | None, f
     default = dataclasses.asdict(known.filters if known else Filters())
     used = dataclasses.asdict(interactions.filters)
     ties = next((rule for rule, said in TIE_RULES.items() if said == split.tie_rule), config.ties)
+    own = RunConfig(split=config.split)  # what is not said is as the given split has it
+    unsaid = [name for name in ("ks", "select_metric") if getattr(config, name) == getattr(own, name)]
     config = dataclasses.replace(
         config,
         dataset=interactions.name,
         split=split.name,
+        **dict.fromkeys(unsaid if split.name != config.split else ()),
         ties=ties,
         filters={name: value for name, value in used.items() if value != default[name]},
     )

@@ -134,22 +134,24 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float
         return float("nan"), float("nan"), float("nan")
     a, b = (x[:, known].astype(np.float64) for x in (a, b))
     difference = a.mean(0) - b.mean(0)
-    parts = [(difference.var(ddof=1) / clients, clients)]
-    parts += [(_seeds_add(x), len(x)) for x in ([a - b] if len(a) == len(b) else [a, b]) if len(x) > 1]
-    variance = sum(part for part, _ in parts)
+    of_clients = difference.var(ddof=1) / clients
+    parts = [(of_clients, of_clients**2 / (clients - 1))]
+    parts += [_seeds_add(x) for x in ([a - b] if len(a) == len(b) else [a, b]) if len(x) > 1]
+    variance, uncertain = (sum(column) for column in zip(*parts, strict=True))
     mean = float(difference.mean())
     if not variance:
         return mean, mean, mean
-    freedom = variance**2 / sum(part**2 / (number - 1) for part, number in parts)
-    half = float(stdtrit(freedom, 0.975) * np.sqrt(variance))
+    half = float(stdtrit(variance**2 / uncertain, 0.975) * np.sqrt(variance))
     return mean, mean - half, mean + half
 
 
-def _seeds_add(values: np.ndarray) -> float:
+def _seeds_add(values: np.ndarray) -> tuple[float, float]:
     """Variance of the mean of [seeds, clients] that is the seeds' own: what their means vary by beyond the noise of
-    single clients and seeds, which the variance over clients has already."""
+    single clients and seeds, which the variance over clients has already. And half the variance of this estimate,
+    a difference of two mean squares."""
     seeds, clients = values.shape
-    of_seeds = values.mean(1, keepdims=True)
-    rest = values - of_seeds - values.mean(0) + values.mean()
-    noise = (rest**2).sum() / ((seeds - 1) * max(clients - 1, 1))
-    return max(float(of_seeds.var(ddof=1) - noise / clients), 0.0) / seeds
+    means = values.mean(1, keepdims=True)
+    rest = values - means - values.mean(0) + values.mean()
+    between = float(means.var(ddof=1)) / seeds
+    noise = float((rest**2).sum()) / ((seeds - 1) * (clients - 1)) / (seeds * clients)
+    return max(between - noise, 0.0), between**2 / (seeds - 1) + noise**2 / ((seeds - 1) * (clients - 1))

@@ -132,7 +132,7 @@ def best_of(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 def flagfile(config: RunConfig, best: Mapping[str, Any], metric: str, trials: int) -> str:
     """The text of a flagfile that runs the best trial. `data_dir` is left out: it is a place, not a setting."""
-    default = RunConfig()
+    default = RunConfig(split=config.split)
     lines = [
         f"# The best on validation of {trials} trials: {metric} {best['score']:.4f} at round {best['best_round']}.",
         f"--method={config.method}",
@@ -140,7 +140,8 @@ def flagfile(config: RunConfig, best: Mapping[str, Any], metric: str, trials: in
     for field in dataclasses.fields(RunConfig):
         value = getattr(config, field.name)
         apart = field.name in ("method", "settings", "filters", "features", "data_dir")
-        if apart or value == getattr(default, field.name):
+        usual = RunConfig.split if field.name == "split" else getattr(default, field.name)
+        if apart or value == usual:
             continue
         if field.name == "ks":
             lines.append(f"--k={','.join(map(str, value))}")

@@ -164,7 +164,7 @@ def test_values_of_one_setting_are_drawn_as_a_curve(tmp_path):
         [sys.executable, "-c", CURVES, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, env=quick.ENVIRONMENT
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["sampling", "interval", "beta", "gate", "size"]
+    assert done.stdout.split() == ["sampling", "interval", "beta", "gate", "laplace", "size"]
 
 
 def test_a_recipe_that_is_refused_is_no_finding(base, held, tmp_path):

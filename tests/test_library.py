@@ -294,6 +294,7 @@ def test_cold_items_recommends_test_items_only(feedback):
     split = fr.cold_items(feedback, seed=1)
     config = fr.RunConfig(settings={"dim": 4}, rounds=2, eval_every=2, max_buckets=1)
     run = fr.fit(config, feedback, split)
+    assert (run.config.ks, run.config.select_metric) == ((20, 50, 100), "Recall@20+Recall@50+Recall@100")
     allowed = set(feedback.item_ids[split.candidates["test"]].tolist())
     taken = feedback.item_ids[split.train.item[:3]]
     assert set(run.recommend(feedback.user_ids[0], 150).items.tolist()) == allowed

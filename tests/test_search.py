@@ -183,16 +183,20 @@ def test_points_are_judged_beside_the_settings_that_all_trials_have(method, base
     assert points == [{name: float(value)} for name, text in grid.items() for value in text.split(",")]
 
 
-def test_the_flagfile_is_the_configuration(tmp_path):
+COLD = {"split": "cold_items", "method": "mdifffr", "settings": {"dim": 8}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "fedncf", "clients_per_round": 0.5, "select_metric": "HR@5", "settings": {"layers": (16, 8)}},
+        {**COLD, "ks": (20, 50, 100), "select_metric": "Recall@20+Recall@50+Recall@100"},
+        {**COLD, "ks": (10, 50), "select_metric": "NDCG@10"},
+    ],
+)
+def test_the_flagfile_is_the_configuration(changes, tmp_path):
     program = "import launch, sys; launch.FLAGS(['launch.py', sys.argv[1]]); print(repr(launch.config_from_flags()))"
-    config = dataclasses.replace(
-        CONFIG,
-        method="fedncf",
-        clients_per_round=0.5,
-        select_metric="HR@5",
-        settings={"layers": (16, 8), "lr": 0.25},
-        features={"tags": "here/tags.npz", "image": "image.npz"},
-    )
+    config = dataclasses.replace(CONFIG, features={"tags": "here/tags.npz", "image": "image.npz"}, **changes)
     best = {"settings": {"dim": 6}, "score": 0.5, "best_round": 3}
     path = tmp_path / "best.flags"
     path.write_text(search.flagfile(config, best, "HR@5", 9))

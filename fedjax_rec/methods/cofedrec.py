@@ -23,6 +23,7 @@ own_lr_scale and item_lr_scale has no effect. The mean table is published as wel
 Cost: the contrast takes 3 items^2 dim products at every local step, in blocks of anchors without an items x items
 array. `cofedrec_anchors` is OUR VARIANT for larger catalogues, not the paper's: it draws contrast_items anchors i at
 every step instead (each against all items), an unbiased estimate of the same gradient at 3 contrast_items items dim.
+It has no published protocol.
 """
 
 from __future__ import annotations

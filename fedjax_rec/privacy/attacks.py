@@ -38,6 +38,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fedjax_rec.client_step import local_step, record_at
 from fedjax_rec.data.sampling import epoch_steps
 from fedjax_rec.method import Method, Server
+from fedjax_rec.precision import in_float32
 from fedjax_rec.rounds import Engine, State, publish
 from fedjax_rec.types import ITEM_ROLES, PRNGKey, PyTree
 from fedjax_rec.validate import between, whole_number
@@ -124,6 +125,7 @@ def inversion(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
+@in_float32
 def _invert(network: Shadow, key, rows, features, known: int, chosen_by: int, steps: int, lr: float):
     """(features of the rows that were not leaked, by attacker; its squared error on the leaked rows held back)."""
     mean = features[:known].mean(0)
@@ -187,8 +189,14 @@ def _unit(x: Float[Array, "n feat"]) -> Float[Array, "n feat"]:
 
 
 def generated(method: Method, key: PRNGKey, server: Server, items: Int[np.ndarray, "n"], draws: int):
-    """What the server would publish of some items under so many noise draws, [draws, n, width]."""
-    make = jax.jit(lambda k: method.publish(k, server)["item"][items])
+    """What the server would publish of some items under so many noise draws, [draws, n, width].
+
+    Raises:
+        ValueError: it publishes no item rows.
+    """
+    if "item" not in jax.eval_shape(method.publish, key, server):
+        raise ValueError(f"{method.name} publishes no item rows; expected a method that makes rows of cold items")
+    make = jax.jit(in_float32(lambda k: method.publish(k, server)["item"][items]))
     return jnp.stack([make(k) for k in jax.random.split(key, draws)])
 
 
@@ -268,6 +276,7 @@ def auc(scores: Float[Array, "n"], positive: Bool[Array, "n"]) -> Float[Array, "
 
 
 @jax.jit
+@in_float32
 def on_main_axis(upload: Float[Array, "items width"]) -> Float[Array, "items"]:
     """Each item's place on the line along which the upload's rows lie, towards the less numerous side.
 
@@ -281,6 +290,7 @@ def on_main_axis(upload: Float[Array, "items width"]) -> Float[Array, "items"]:
 
 
 @jax.jit
+@in_float32
 def probes(
     sent: Float[Array, "users items width"], history: Bool[Array, "users items"], users_of: Int[Array, "items"]
 ) -> dict[str, Float[Array, ""]]:
