@@ -192,8 +192,8 @@ def radar(path: Path, found: dict[str, tuple[dict[str, float], dict[str, float]]
     axis.set(ylim=(0, 1))
     outwards = "outward: closer to the true features, less private (rim: a full leak)"
     axis.set_title(f"Inversion of cold items' rows\n{outwards}", fontsize="medium")
-    figure.legend(loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=120)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    figure.savefig(path, dpi=120, bbox_inches="tight")  # workdirs may have long names
     plt.close(figure)
 
 
@@ -215,14 +215,15 @@ def structural_maps(path: Path, maps: dict[str, np.ndarray], control: float) -> 
     top = max(max(float(apart.max()) for apart in maps.values()), 1e-12)
     for axis, (maker, apart) in zip(axes.flat, maps.items(), strict=False):
         drawn = axis.imshow(apart, cmap="viridis", vmin=0, vmax=top)
-        axis.set(title=maker, xticks=[], yticks=[])
+        axis.set_title(maker, fontsize="small")
+        axis.set(xticks=[], yticks=[])
     for axis in axes.flat[len(maps) :]:
         axis.axis("off")
     figure.colorbar(drawn, ax=axes, label=f"predicting the mean: {control:.2f}")
     items = len(next(iter(maps.values())))
     title = f"Structural differences, 0: a full leak; {items} unleaked items"
     figure.suptitle(title, fontsize="medium", wrap=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
 
