@@ -307,7 +307,11 @@ for path in sorted(pathlib.Path("experiments/results").glob("*.npz")):
     for config in kept.configs:
         for name, value in given:
             held = config["settings"][name]
-            assert type(held)(value == "True" if isinstance(held, bool) else value) == held, (path, name, held)
+            if isinstance(held, list):
+                read = [int(part) for part in value.split(",")]
+            else:
+                read = type(held)(value.lower() == "true" if isinstance(held, bool) else value)
+            assert read == held, (path, name, held)
     for metric in kept.metrics:
         means = np.nanmean(kept.by_client(metric), axis=1)
         np.testing.assert_allclose(means, [said["test"][metric] for said in kept.summaries], rtol=1e-5)

@@ -553,6 +553,15 @@ def test_the_share_of_all_and_one_client_are_never_the_same_run(tmp_path):
         run.claim(tmp_path, expected.recorded())
 
 
+def test_what_a_split_is_judged_by():
+    recalls = "Recall@20+Recall@50+Recall@100"
+    judged = lambda **given: (lambda c: (c.ks, c.select_metric))(RunConfig(**given))
+    assert judged() == ((10, 50), "NDCG@10")
+    assert judged(split="cold_items") == ((20, 50, 100), recalls)
+    assert judged(split="cold_items", ks=(5,)) == ((5,), "Recall@5")
+    assert judged(select_metric="NDCG@20") == ((10, 20, 50), "NDCG@20")
+
+
 def test_impossible_cohorts_are_refused():
     with pytest.raises(UsageError, match="41: the data set has 40 users"):
         run.cohort_size(41, 40)
@@ -864,7 +873,8 @@ def test_the_samples_that_a_server_collects_are_counted():
         ({"method": "pfedrc"}, r"did you mean pfedrec\?"),
         ({"split": "leave_one"}, r"did you mean leave_one_out\?"),
         ({"protocol": "honset"}, r"did you mean honest\?"),
-        ({"select_metric": "NDCG@7"}, "select_metric='NDCG@7': expected one of"),
+        ({"select_metric": "MAP@10"}, "select_metric='MAP@10': expected one of"),
+        ({"select_metric": "NDCG@7", "ks": (10,)}, "select_metric='NDCG@7': expected one of"),
         ({"rounds": 0}, "rounds=0"),
         ({"eval_every": 0}, "eval_every=0"),
         ({"seed": -1}, "seed=-1"),
