@@ -212,7 +212,7 @@ def draw_network_cold(rng) -> dict[str, Any]:
     return settings | {"lr": round(lr, 4), "item_lr_scale": round(scale, 5)}
 
 
-def draw_diffusion(rng, preset: str) -> dict[str, Any]:
+def draw_diffusion(rng, preset: str, neighbours: tuple[str, ...] = ()) -> dict[str, Any]:
     settings = draw_cold(rng) | {"backbone": str(rng.choice(["fedmf", "pfedrec"])), "preset": preset}
     if preset == "released":  # its optimiser is part of it
         return settings
@@ -222,20 +222,21 @@ def draw_diffusion(rng, preset: str) -> dict[str, Any]:
         "server_epochs": int(rng.choice([1, 3])),
         "dropout": float(rng.choice([0.0, 0.1, 0.3])),
     }
-    return settings | ({"neighbours": int(rng.choice([0, 10, 20]))} if preset == "proper" else {})
+    return settings | ({"neighbours": str(rng.choice(neighbours))} if neighbours else {})
 
 
-def draw_ifedrec(rng, dim: int = 64) -> dict[str, Any]:
+def draw_ifedrec(rng) -> dict[str, Any]:
     lr, eta = log_uniform(rng, 0.05, 1.0), log_uniform(rng, 10.0, 200.0)
     pull = rng.uniform(0.1, 0.95)  # the stability limit is 1
-    return {
+    settings = {
         "lr": round(lr, 4),
         "eta": round(eta, 2),
-        "reg": float(f"{pull * dim / (2 * lr * eta):.3g}"),
         "attribute_lr": round(log_uniform(rng, 2e-3, 2e-2), 5),
         "attribute_steps": int(rng.choice([1, 3])),
         "negatives": int(rng.choice([2, 5, 10])),
+        "dim": int(rng.choice([64, 128])),
     }
+    return settings | {"reg": float(f"{pull * settings['dim'] / (2 * lr * eta):.3g}")}
 
 
 ALONE = {
@@ -266,8 +267,11 @@ ALONE = {
         f"mdifffr-{preset}": functools.partial(draw_diffusion, preset=preset)
         for preset in ("paper", "released", "proper")
     },
+    "mdifffr-neighbours": functools.partial(
+        draw_diffusion, preset="proper", neighbours=("10", "20", "3,10,30", "3,10,30,100")
+    ),
 }
-"""Methods that share no settings with the others; MDiffFR is named with its preset."""
+"""Methods that share no settings with the others; MDiffFR is named with its preset, or with what `proper` is told."""
 
 
 WITHOUT_RANGES = {"heater", "gar", "aldi", "cs_diffrec"}
