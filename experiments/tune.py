@@ -343,7 +343,8 @@ def write_flags(dataset: str, method: str, best: list[dict[str, Any]], trials: d
     start = trials.get(0, [{}])[0].get("start_from")
     chosen = f"the best on validation of {len(trials)} random settings"
     if start:
-        chosen = f"the best on validation of {len(trials)} settings, the first {start}'s"
+        first = "an earlier recipe's" if start == dataset else f"{start}'s"
+        chosen = f"the best on validation of {len(trials)} settings, the first {first}"
         chosen = chosen if len(trials) > 1 else f"{start}'s settings, the only ones tried"
     path = Path(FLAGS.flags_to) / recipe_name(dataset, method)
     scores = [line["score"] for line in best]
